@@ -1,0 +1,46 @@
+# Everything runs in .venv, made here when there is none, whatever environment is active.
+#   PIP_ARGS     options for pip, e.g. the index of PyTorch's CPU builds (read when .venv is filled)
+#   PYTEST_ARGS  options for pytest, e.g. PYTEST_ARGS="-m slow" or PYTEST_ARGS="tests/ir -k body"
+#   JOBS         test processes
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+JOBS ?= 2
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# pip and mypy would otherwise look into an environment of the caller's.
+unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
+
+.PHONY: help setup demo test lint
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   compile a DeepSeekMoE model on this machine and show what happened"
+	@echo "make test   lint, then the tests            (PYTEST_ARGS=... goes to pytest)"
+	@echo "make lint   ruff, mypy --strict, the import direction"
+	@echo "make setup  fill .venv                      (PIP_ARGS=... goes to pip)"
+
+setup: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/dsmoe demo
+
+# One thread a worker: the workers already fill the cores.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports --no-logo
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+# A half-made environment is taken away: its python would look like a finished one.
+$(BIN)/python:
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

@@ -1,0 +1,78 @@
+"""What can go wrong, in two kinds: a `Refusal` is an answer, an exception is the user's input or our bug."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Every code a refusal may carry: R1xx capture, R2xx router, R3xx experts, R4xx permutation and combine, R5xx target.
+CODES: dict[str, str] = {
+    "R201": "the router's weights or ids do not come from top-k scores of known form",
+    "R202": "the router reads another tensor than its experts",
+    "R203": "validation: the fused router gives other numbers than the one it replaces",
+    "R301": "the experts' computation leaves the known term language",
+    "R302": "no weight of this layer is indexed by an expert",
+    "R303": "the experts of one layer read different inputs",
+    "R304": "validation: the fused experts give other numbers than the ones they replace",
+    "R305": "the layer's weights hold NaN",
+    "R306": "validation: the fused shared experts give other numbers than the ones they replace",
+    "R401": "the permutation, the counts or the offsets do not come from a sort of the same ids",
+    "R402": "the rows are not brought back to the tokens' own order before they are combined",
+    "R403": "tokens are gathered with another divisor than the number of ids per token",
+    "R404": "the ids within one token are not known to be distinct",
+    "R405": "a dense weight matrix is not zero away from the selected experts",
+    "R406": "the dense experts do not vanish where their weight is zero",
+    "R407": "no combine was found: the experts' rows never become tokens again",
+    "R408": "a tensor the layer reads is overwritten in place where another name still reads it",
+    "R501": "validation: the whole program gives other numbers than the model",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a layer, a router or a shared expert was left as it was.
+
+    `code` is a key of `CODES`, `because` one sentence, `node` the graph value at which understanding ended,
+    `source` the user's "file.py:123", or "" when the graph does not say.
+    """
+
+    code: str
+    because: str
+    node: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code not in CODES:
+            raise ValueError(f"unknown refusal code {self.code!r}; ir/errors.py lists them")
+
+    def __str__(self) -> str:
+        where = " ".join(part for part in (f"at %{self.node}" if self.node else "", self.source) if part)
+        return f"{self.code}: {self.because}" + (f" ({where})" if where else "")
+
+
+class DsmoeError(Exception):
+    """The root of every exception raised on purpose; the message is one line of what, where and what to do."""
+
+
+class InputError(DsmoeError):
+    """The user's input is wrong: a name, an argument, a file, a path."""
+
+
+class CaptureError(DsmoeError):
+    """The model could not be turned into a graph that computes the same."""
+
+
+class ShapeError(InputError):
+    """A tensor's shape or dtype lies outside what was captured."""
+
+
+class LoadError(InputError):
+    """A file is not a program saved by this package, or is damaged."""
+
+
+class NotFused(DsmoeError):
+    """`require_fused=True` and at least one Mixture-of-Experts layer was refused."""
+
+    def __init__(self, refusals: tuple[tuple[str, Refusal], ...]) -> None:
+        self.refusals = refusals
+        listing = "; ".join(f"{name}: {refusal}" for name, refusal in refusals)
+        super().__init__(f"{len(refusals)} layer(s) not fused: {listing}")

@@ -1,0 +1,1 @@
+"""The zoo: Mixture-of-Experts models in plain torch, importing nothing else of the project."""

@@ -1,0 +1,119 @@
+"""Rules by which rows become tokens again, and the proof that every token for every expert may be read sparsely.
+
+    rows.view(T, K, D).sum(1)                 pairs in their own order
+    zeros.index_add(0, tokens, sorted rows)   sorted pairs
+    rows (E, T, D).sum(0)                     every token for every expert
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import Node
+
+from dsmoe_compiler.ir.graph import dtype, same_size, shape
+from dsmoe_compiler.ir.reference import evaluate
+from dsmoe_compiler.ir.body import Body, Step
+from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument
+from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Filled, Pairs, Rows, TokenOf, Value
+
+_KEEPS_ZERO = frozenset({"neg", "abs", "sqrt", "erf", "tanh", "relu", "silu", "gelu", "gelu_tanh", "cast", "slice"})
+
+
+def sum_rows(lift: Lift, node: Node) -> Value | None:
+    """The sum over a token's slots, or over all experts."""
+    rows = lift.rows(node.args[0])
+    if rows is None or not lift.terms.leaves(rows.term, "expert"):
+        return None
+    rank = rows.lead + len(rows.trail)
+    dims, keep = [d % rank for d in argument(node, "dim") or []], argument(node, "keepdim")
+    if keep or len(rows.trail) != 1:
+        return None
+    term = rows.term
+    if (summed := argument(node, "dtype")) is not None:
+        term = lift.terms.number("cast", (term,), (str(summed).removeprefix("torch."),))
+    if isinstance(rows.domain, Everywhere):
+        if rows.lead != 2 or dims != [rows.domain.axis]:
+            return None
+        require_sparse(lift, term)
+        return Combined(rows.like(term))
+    if rows.lead < 2 or dims != [rows.lead - 1]:
+        return None
+    if rows.domain.order is not None:
+        raise Unproven("R402", "rows sorted by expert are summed as if they were in their tokens' order")
+    return Combined(rows.like(term))
+
+
+def add_by_token(lift: Lift, node: Node) -> Value | None:
+    """zeros.index_add(0, tokens, sorted rows)."""
+    start, at, rows = lift.of(node.args[0]), lift.of(node.args[2]), lift.rows(node.args[3])
+    if rows is None or not isinstance(start, Filled) or argument(node, "dim") != 0:
+        return None
+    if start.number != 0 or argument(node, "alpha") != 1 or not isinstance(rows.domain, Pairs):
+        return None
+    if not isinstance(at, TokenOf) or at.domain != rows.domain:
+        raise Unproven("R402", "rows are added at indices that are not their own tokens")
+    assert rows.domain.ids is not None
+    if rows.lead != 1 or len(rows.trail) != 1 or not same_size(shape(node)[0], _tokens(rows.domain)):
+        return None
+    source = node.args[3]
+    assert isinstance(source, Node)
+    return Combined(rows) if dtype(source) == dtype(node) else None
+
+
+def _tokens(domain: Pairs) -> int | torch.SymInt:
+    assert domain.ids is not None
+    tokens: int | torch.SymInt = 1
+    for size in shape(domain.ids)[: -1 if len(shape(domain.ids)) > 1 else None]:
+        tokens = tokens * size
+    return tokens
+
+
+def require_sparse(lift: Lift, term: int) -> None:
+    """Prove that the term is 0 wherever the dense weights hold their number off the ids.
+
+    NaN and infinities apart: 0 · inf is NaN for every token in the dense spelling and absent from the sparse one.
+    """
+    sources = [lift.sources[str(s.attrs[0])] for s in lift.terms.leaves(term, "pair")]
+    if not sources or all(s.fill is None for s in sources):
+        raise Unproven("R405", "the dense weights are not a matrix filled with one number away from the ids")
+    if not _vanishes(lift, term):
+        raise Unproven("R406", "an expert's output is not zero where the dense weight is: it would be added for every token")
+
+
+def _vanishes(lift: Lift, term: int) -> bool:
+    step = lift.terms.steps[term]
+    constant = _off_ids(lift, term)
+    if constant is not None:
+        return constant == 0
+    match step.op:
+        case "mul":
+            return any(_vanishes(lift, a) for a in step.args)
+        case "linear" | "matmul" | "div":
+            return _vanishes(lift, step.args[0])
+        case "add" | "sub" | "concat" | "minimum" | "maximum":
+            return all(_vanishes(lift, a) for a in step.args)
+    return step.op in _KEEPS_ZERO and _vanishes(lift, step.args[0])
+
+
+def _off_ids(lift: Lift, term: int) -> float | None:
+    """The number a term of dense weights and constants alone has off the ids, if it is finite."""
+    leaves = [lift.terms.steps[t] for t in lift.terms.reachable(term) if not lift.terms.steps[t].args]
+    fills: dict[Step, Step] = {}
+    for leaf in leaves:
+        if leaf.op == "pair" and (fill := lift.sources[str(leaf.attrs[0])].fill) is not None:
+            fills[leaf] = Step("const", (), (fill,))
+        elif leaf.op != "const":
+            return None
+    if not fills:
+        return None
+    body = lift.terms.body(term, {leaf: Step("x") for leaf in fills})
+    if len({s.attrs for s in fills.values()}) != 1:
+        return None
+    number = float(str(next(iter(fills.values())).attrs[0]))
+    found = float(evaluate(Body(body.steps), torch.tensor([[number]]), None, []).item())
+    return found if math.isfinite(found) else None
+
+
+RULES: dict[str, tuple[Rule, ...]] = {"aten::sum": (sum_rows,), "aten::index_add": (add_by_token,)}

@@ -1,0 +1,111 @@
+"""Where a program selects: the top-k or argmax ids that choose rows or weights of anything.
+
+Every such place is a layer of the report, understood or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import networkx as nx
+from torch.fx import Node
+
+from dsmoe_compiler.ir.graph import ProgramGraph, common_module, is_tensor, shape, source, value
+from dsmoe_compiler.passes.lift.state import operator_name
+
+_PICKS = frozenset({"aten::index", "aten::index_select", "aten::embedding", "aten::index_add", "aten::index_put"})
+_WRITES = frozenset({"aten::index_put_", "aten::index_add_", "aten::scatter_add", "aten::scatter_add_"})
+_PRODUCTS = frozenset({"aten::mul", "aten::mul_", "aten::bmm", "aten::matmul", "aten::einsum"})
+_SELECTORS = frozenset({"aten::topk", "aten::argmax"})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One layer: its name, the node that selects, where the selection is first used, and the user's line there."""
+
+    name: str
+    selector: Node
+    first_use: Node
+    source: str
+
+
+def find_selections(graph: ProgramGraph) -> list[Selection]:
+    """Every selection, in execution order; names are made unique with "#2", "#3"."""
+    nodes = graph.nodes
+    position = {n: i for i, n in enumerate(nodes)}
+    flow = _routing_flow(graph)
+    found, taken = list[Selection](), dict[str, int]()
+    for selector in nodes:
+        if operator_name(selector) not in _SELECTORS or selector not in flow:
+            continue
+        uses = [n for n in nx.descendants(flow, selector) if flow.nodes[n].get("selects")]
+        if not uses:
+            continue
+        name = common_module([selector, *uses])
+        taken[name] = taken.get(name, 0) + 1
+        unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
+        first = min(uses, key=position.__getitem__)
+        found.append(Selection(unique, selector, first, source(first, name)))
+    return found
+
+
+def selector_of(ids: Node) -> Node | None:
+    """The top-k or argmax behind a layer's ids, through views, casts and getitem."""
+    node: object = ids
+    while isinstance(node, Node) and node.op == "call_function":
+        if operator_name(node) in _SELECTORS:
+            return node
+        node = node.args[0] if node.args else None
+    return None
+
+
+def _routing_flow(graph: ProgramGraph) -> nx.DiGraph[Node]:
+    """The edges along which chosen ids travel: integers, booleans, and the matrices made of them."""
+    flow: nx.DiGraph[Node] = nx.DiGraph()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if operator_name(node) in _SELECTORS:
+            flow.add_node(node)
+            continue
+        for origin in [a for a in node.all_input_nodes if a in flow]:
+            if _selects(node, origin):
+                flow.add_node(node, selects=True)
+                flow.add_edge(origin, node)
+            elif _carries(node, origin):
+                flow.add_edge(origin, node)
+    return flow
+
+
+def _carries(node: Node, origin: Node) -> bool:
+    if operator_name(origin) == "aten::topk":
+        return node.args[1] == 1
+    if not is_tensor(node):
+        return operator_name(node) in ("aten::sort", "aten::where", "aten::nonzero_numpy", "aten::unbind", "aten::chunk")
+    if not value(node).is_floating_point():
+        return True
+    if operator_name(node) in ("aten::scatter", "aten::scatter_"):
+        return node.args[2] is origin
+    return operator_name(node) in (
+        "aten::one_hot aten::to aten::_to_copy aten::t aten::transpose aten::permute aten::unsqueeze aten::view "
+        "aten::reshape aten::select aten::mul aten::sum aten::type_as aten::expand aten::contiguous aten::sigmoid"
+    ).split()
+
+
+def _selects(node: Node, origin: Node) -> bool:
+    """Whether routing, arriving from `origin`, chooses rows or weights here: the other operand has rows to choose."""
+    name = operator_name(node)
+    if not is_tensor(node) or not value(node).is_floating_point():
+        return False
+    if name in _PICKS | _WRITES:
+        table = node.args[0]
+        return isinstance(table, Node) and table is not origin and len(shape(table)) >= 2
+    if name in _PRODUCTS:
+        others = [a for a in node.all_input_nodes if a is not origin]
+        return any(is_tensor(o) and len(shape(o)) >= 3 and not same_widths(o, origin) for o in others)
+    return False
+
+
+def same_widths(a: Node, b: Node) -> bool:
+    """Whether two values have as many numbers in their last dimension (routing matrices beside each other)."""
+    return str(shape(a)[-1:]) == str(shape(b)[-1:]) and len(shape(a)) == len(shape(b))

@@ -1,0 +1,172 @@
+"""Rules by which rows begin: tokens repeated or gathered, an expert's tensors gathered by ids, weights permuted.
+
+    x[perm // K]              token(x)      in sorted order
+    repeat_interleave(x, K)   token(x)      in the pairs' own order
+    P[ids]                    expert(P)     in the pairs' own order
+    x.repeat(E, 1)            token(x)      every token for every expert
+    v.reshape(-1)[perm]       pair(v)       in sorted order
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from dsmoe_compiler.ir.graph import Size, aten, same_size, shape, value
+from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, argument
+from dsmoe_compiler.passes.lift.values import (
+    Everywhere,
+    InversePermutation,
+    Pairs,
+    Permutation,
+    Rows,
+    SortedIds,
+    TokenOf,
+    Value,
+)
+
+def index(lift: Lift, node: Node) -> Value | None:
+    """source[index] along the first dimension (index, index_select)."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    if "index_select" in str(node.target):
+        if argument(node, "dim") != 0:
+            return None
+        at = node.args[2]
+    else:
+        indices = argument(node, "indices")
+        if len(indices) != 1:
+            return None
+        at = indices[0]
+    assert isinstance(at, Node)
+    return _take(lift, source, at)
+
+
+def embedding(lift: Lift, node: Node) -> Value | None:
+    """embedding(P, ids): a two-dimensional expert tensor gathered by ids."""
+    table, at = node.args[0], node.args[1]
+    assert isinstance(table, Node) and isinstance(at, Node)
+    return _take(lift, table, at) if isinstance(lift.of(at), SortedIds) else None
+
+
+def _take(lift: Lift, source: Node, at: Node) -> Value | None:
+    rows, position = lift.rows(source), lift.of(at)
+    if rows is not None:
+        return _reorder(rows, position)
+    if isinstance(position, TokenOf) and lift.opaque(source) and len(shape(source)) == 2:
+        return Rows(position.domain, lift.token(source), 1, _static(shape(source)[1:]))
+    if isinstance(position, Permutation) and lift.opaque(source):
+        return _permuted_weights(lift, source, position)
+    if (parameter := lift.expert_parameter(source)) is None:
+        return None
+    if isinstance(position, SortedIds):
+        domain, lead = position.domain, 1
+    else:
+        root = lift.ids_root(at)
+        if root is None:
+            return None
+        domain, lead = Pairs(*root), len(shape(at))
+    tensor, flipped = parameter
+    trail = _static(shape(source)[1:])
+    return Rows(domain, lift.expert(tensor), lead, trail, flipped)
+
+
+def _reorder(rows: Rows, position: Value | None) -> Value | None:
+    if rows.lead != 1 or not isinstance(rows.domain, Pairs):
+        return None
+    if isinstance(position, InversePermutation) and rows.domain == position.domain:
+        return rows.like(rows.term, domain=Pairs(rows.domain.ids, rows.domain.slots))
+    if isinstance(position, Permutation):
+        own = Pairs(position.domain.ids, position.domain.slots)
+        return rows.like(rows.term, domain=position.domain) if rows.domain.meet(own) is not None else None
+    return None
+
+
+def _permuted_weights(lift: Lift, source: Node, position: Permutation) -> Value | None:
+    if not is_pair_shaped(source, position.domain) or len(shape(source)) > 2:
+        return None
+    return Rows(position.domain, lift.pair(PairSource(source)), 1, _static(shape(source)[1:]))
+
+
+def is_pair_shaped(node: Node, domain: Pairs) -> bool:
+    """Whether a value holds one number a pair: the shape of the ids or its flattening, perhaps with a final 1."""
+    if domain.ids is None or not value(node).is_floating_point():
+        return False
+    sizes = shape(node)
+    pairs: Size = 1
+    for size in shape(domain.ids):
+        pairs = pairs * size
+    if sizes and same_size(sizes[-1], 1) and not _same_shape(sizes, shape(domain.ids)):
+        sizes = sizes[:-1]
+    return _same_shape(sizes, shape(domain.ids)) or _same_shape(sizes, (pairs,))
+
+
+def _same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def repeat_interleave(lift: Lift, node: Node) -> Value | None:
+    """repeat_interleave(x, K, dim=0): each token K times, in the order of pairs."""
+    tokens, slots = node.args[0], node.args[1]
+    if not isinstance(slots, int) or argument(node, "dim") != 0 or not lift.opaque(tokens):
+        return None
+    assert isinstance(tokens, Node)
+    if len(shape(tokens)) != 2 or not value(tokens).is_floating_point():
+        return None
+    return Rows(Pairs(None, slots), lift.token(tokens), 1, _static(shape(tokens)[1:]))
+
+
+def repeat(lift: Lift, node: Node) -> Value | None:
+    """x.repeat(E, 1): every token for every expert."""
+    tokens, times = node.args[0], argument(node, "repeats")
+    if not lift.opaque(tokens) or len(times) != 2 or times[1] != 1 or not isinstance(times[0], int) or times[0] < 2:
+        return None
+    assert isinstance(tokens, Node)
+    if len(shape(tokens)) != 2 or not value(tokens).is_floating_point():
+        return None
+    return Rows(Everywhere(times[0]), lift.token(tokens), 1, _static(shape(tokens)[1:]))
+
+
+def expand(lift: Lift, node: Node) -> Value | None:
+    """x.unsqueeze(0).expand(E, T, D) and x.unsqueeze(1).expand(T, K, D); rows widened along their own dimensions."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    sizes = shape(node)
+    if (rows := lift.rows(source)) is not None:
+        same_rows = _same_shape(sizes[: rows.lead], shape(source)[: rows.lead])
+        return rows if same_rows and _same_shape(rows.trail, sizes[rows.lead :]) else None
+    if source.target is not aten.unsqueeze.default or not lift.opaque(source.args[0]) or len(sizes) != 3:
+        return None
+    tokens, at = source.args[0], argument(source, "dim")
+    assert isinstance(tokens, Node)
+    many = sizes[at] if at in (0, 1) else None
+    if len(shape(tokens)) != 2 or not isinstance(many, int) or not value(tokens).is_floating_point():
+        return None
+    domain = Everywhere(many) if at == 0 else Pairs(None, many)
+    return Rows(domain, lift.token(tokens), 2, _static(shape(tokens)[1:]))
+
+
+def tokens_everywhere(lift: Lift, node: Node, experts: int) -> Rows | None:
+    """x (T, D) or x (1, T, D) where a product broadcasts it over the experts."""
+    if node.target is aten.unsqueeze.default and argument(node, "dim") == 0:
+        below = node.args[0]
+        assert isinstance(below, Node)
+        node = below
+    if not lift.opaque(node) or len(shape(node)) != 2 or not value(node).is_floating_point():
+        return None
+    return Rows(Everywhere(experts), lift.token(node), 2, _static(shape(node)[1:]))
+
+
+def _static(sizes: tuple[Size, ...]) -> tuple[int, ...]:
+    if not all(isinstance(s, int) for s in sizes):
+        raise NotStatic
+    return tuple(int(s) for s in sizes)
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "aten::index": (index,),
+    "aten::index_select": (index,),
+    "aten::embedding": (embedding,),
+    "aten::repeat_interleave": (repeat_interleave,),
+    "aten::repeat": (repeat,),
+    "aten::expand": (expand,),
+}

@@ -1,0 +1,137 @@
+"""Rules of the products between rows and an expert's weight matrix.
+
+    grouped_mm(rows, P, offsets)       sorted rows, each with its expert's matrix
+    bmm(P[ids], row columns)           pairs in their own order, each with its gathered matrix
+    bmm(rows (E, T, D), P)             every token with every expert's matrix
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from dsmoe_compiler.ir.graph import aten, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift.gather import tokens_everywhere
+from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument
+from dsmoe_compiler.passes.lift.values import Everywhere, Offsets, Pairs, Rows, Value
+
+
+def grouped(lift: Lift, node: Node) -> Value | None:
+    """grouped_mm(sorted rows (P, in), weights (E, in, out), offsets)."""
+    rows, weights = lift.rows(node.args[0]), lift.expert_parameter(node.args[1])
+    ends = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+    if rows is None or weights is None or not isinstance(rows.domain, Pairs):
+        return None
+    if node.target is aten._grouped_mm.default and argument(node, "bias") is not None:
+        return None
+    offsets = lift.of(ends)
+    if rows.domain.order is None or not isinstance(offsets, Offsets) or offsets.ids is not rows.domain.ids:
+        raise Unproven("R401", "the group offsets are not the counts of the ids that the rows were sorted by")
+    parameter, flipped = weights
+    if not same_size(shape(parameter)[0], offsets.experts):
+        raise Unproven("R401", f"{offsets.experts} experts are counted, the weights hold {shape(parameter)[0]}")
+    if rows.lead != 1 or len(rows.trail) != 1:
+        return None
+    width = shape(parameter)[1 if flipped else 2]
+    assert isinstance(width, int)
+    return _product(lift, rows, parameter, "linear" if flipped else "matmul", (width,))
+
+
+def batched(lift: Lift, node: Node) -> Value | None:
+    """bmm or matmul of rows with gathered matrices, or of every token with every expert's matrix."""
+    left, right = node.args[0], node.args[1]
+    a, b = lift.rows(left), lift.rows(right)
+    if a is not None and a.is_matrix and b is not None and not b.is_matrix:
+        return _gathered(lift, a, b, column=True)
+    if b is not None and b.is_matrix and a is not None and not a.is_matrix:
+        return _gathered(lift, b, a, column=False)
+    weights = lift.expert_parameter(right)
+    if weights is None or len(shape(weights[0])) != 3:
+        return None
+    parameter, flipped = weights
+    experts = shape(parameter)[0]
+    if a is None and isinstance(experts, int) and is_tensor(left):
+        assert isinstance(left, Node)
+        a = tokens_everywhere(lift, left, experts)
+    if a is None or a.domain != Everywhere(int(experts), 0) or a.lead != 2 or len(a.trail) != 1:
+        return None
+    width = shape(parameter)[1 if flipped else 2]
+    assert isinstance(width, int)
+    return _product(lift, a, parameter, "linear" if flipped else "matmul", (width,))
+
+
+def _gathered(lift: Lift, matrix: Rows, rows: Rows, *, column: bool) -> Rows | None:
+    """P[e] · column, or row · P[e]; the matrix as gathered is (out, in) for a column and (in, out) for a row."""
+    domain = matrix.domain.meet(rows.domain)  # type: ignore[arg-type]
+    if domain is None or matrix.lead != rows.lead or len(matrix.trail) != 2 or len(rows.trail) != 2:
+        return None
+    if rows.trail[1 if column else 0] != 1:
+        return None
+    out = matrix.trail[0] if column else matrix.trail[1]
+    op = "linear" if column != matrix.flipped else "matmul"
+    term = lift.terms.number(op, (rows.term, matrix.term))
+    return Rows(domain, term, rows.lead, (out, 1) if column else (1, out))
+
+
+def einsum(lift: Lift, node: Node) -> Value | None:
+    """einsum of every token with every expert's matrix: "td,edf->etf", "etf,efd->etd", "te…" orders likewise."""
+    operands = argument(node, "tensors")
+    if len(operands) != 2:
+        return None
+    inputs, out = str(argument(node, "equation")).replace(" ", "").split("->")
+    names = inputs.split(",")
+    which = next((i for i, o in enumerate(operands) if lift.expert_parameter(o) is not None), None)
+    if which is None:
+        return None
+    parameter, flipped = lift.expert_parameter(operands[which])  # type: ignore[misc]
+    weights, other = names[which], names[1 - which]
+    experts = shape(parameter)[0]
+    if len(weights) != 3 or not isinstance(experts, int) or any(len(set(n)) != len(n) for n in (*names, out)):
+        return None
+    e = weights[0]
+    rows = lift.rows(operands[1 - which])
+    if rows is None and e not in other and len(other) == 2:
+        rows = tokens_everywhere(lift, operands[1 - which], experts)
+        other = e + other
+    inner = other[-1]
+    if rows is None or rows.lead != 2 or len(rows.trail) != 1 or not isinstance(rows.domain, Everywhere):
+        return None
+    if other.index(e) != rows.domain.axis or rows.domain.experts != experts or inner not in weights[1:]:
+        return None
+    outer = weights[2] if weights[1] == inner else weights[1]
+    token = other[1 - rows.domain.axis]
+    if set(out) != {e, token, outer} or out[-1] != outer:
+        return None
+    op = "linear" if (weights[2] == inner) != flipped else "matmul"
+    width = shape(operands[which])[weights.index(outer)]
+    assert isinstance(width, int)
+    return _product(lift, rows.like(rows.term, domain=Everywhere(experts, out.index(e))), parameter, op, (width,))
+
+
+def _product(lift: Lift, rows: Rows, parameter: Node, op: str, trail: tuple[int, ...]) -> Rows:
+    return rows.like(lift.terms.number(op, (rows.term, lift.expert(parameter))), trail)
+
+
+def linear_per_expert_bias(lift: Lift, node: Node) -> Value | None:
+    """rows (E, T, F) + bias.unsqueeze(1): an expert's vector beside every token's row."""
+    for rows_at, bias_at in ((0, 1), (1, 0)):
+        rows, bias = lift.rows(node.args[rows_at]), node.args[bias_at]
+        if rows is None or not isinstance(rows.domain, Everywhere) or not isinstance(bias, Node):
+            continue
+        if bias.target is not aten.unsqueeze.default or argument(bias, "dim") % 3 != 1 or rows.domain.axis != 0:
+            continue
+        found = lift.expert_parameter(bias.args[0])
+        if found is None or found[1] or not same_size(shape(found[0])[0], rows.domain.experts):
+            continue
+        if tuple(value(bias).shape[2:]) == rows.trail and argument(node, "alpha", 1) == 1:
+            return rows.like(lift.terms.number("add", (rows.term, lift.expert(found[0]))))
+    return None
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "aten::_grouped_mm": (grouped,),
+    "transformers::grouped_mm_fallback": (grouped,),
+    "aten::bmm": (batched,),
+    "aten::matmul": (batched,),
+    "aten::einsum": (einsum,),
+    "aten::add": (linear_per_expert_bias,),
+}

@@ -1,0 +1,377 @@
+"""Rules that extend a row's term: anything pointwise, or along the last dimension, that leaves the rows alone.
+
+One rule per shape of operator, not per operator: the tables say which word of the body vocabulary an ATen operator is.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from dsmoe_compiler.ir.body import Attr
+from dsmoe_compiler.ir.graph import Size, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift.gather import is_pair_shaped
+from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, argument, operator_name
+from dsmoe_compiler.passes.lift.values import Everywhere, Pairs, Parts, Rows, Value
+
+UNARY = {
+    "aten::neg": "neg",
+    "aten::abs": "abs",
+    "aten::exp": "exp",
+    "aten::log": "log",
+    "aten::sqrt": "sqrt",
+    "aten::rsqrt": "rsqrt",
+    "aten::erf": "erf",
+    "aten::tanh": "tanh",
+    "aten::sigmoid": "sigmoid",
+    "aten::relu": "relu",
+    "aten::silu": "silu",
+}
+BINARY = {
+    "aten::add": "add",
+    "aten::sub": "sub",
+    "aten::mul": "mul",
+    "aten::div": "div",
+    "aten::minimum": "minimum",
+    "aten::maximum": "maximum",
+}
+_WHOLE = 2**62  # a slice's stop at or past this means "to the end"
+
+
+def unary(lift: Lift, node: Node) -> Value | None:
+    """One row in, one row out, no attributes."""
+    rows = lift.rows(node.args[0])
+    return _applied(lift, rows, UNARY[operator_name(node)]) if rows else None
+
+
+def gelu(lift: Lift, node: Node) -> Value | None:
+    """gelu, exact or by tanh."""
+    rows = lift.rows(node.args[0])
+    return _applied(lift, rows, "gelu_tanh" if argument(node, "approximate") == "tanh" else "gelu") if rows else None
+
+
+def softplus(lift: Lift, node: Node) -> Value | None:
+    """softplus with its default knee."""
+    rows = lift.rows(node.args[0])
+    default = argument(node, "beta") == 1 and argument(node, "threshold") == 20
+    return _applied(lift, rows, "softplus") if rows and default else None
+
+
+def power(lift: Lift, node: Node) -> Value | None:
+    """rows ** number."""
+    rows, exponent = lift.rows(node.args[0]), node.args[1]
+    if rows is None or not isinstance(exponent, (int, float)):
+        return None
+    return _applied(lift, rows, "pow", (exponent,))
+
+
+def square(lift: Lift, node: Node) -> Value | None:
+    """rows ** 2."""
+    rows = lift.rows(node.args[0])
+    return _applied(lift, rows, "pow", (2,)) if rows else None
+
+
+def clamp(lift: Lift, node: Node) -> Value | None:
+    """clamp, clamp_min, clamp_max by numbers."""
+    rows = lift.rows(node.args[0])
+    low, high = argument(node, "min"), argument(node, "max")
+    if rows is None or not all(b is None or isinstance(b, (int, float)) for b in (low, high)):
+        return None
+    return _applied(lift, rows, "clamp", (low, high))
+
+
+def cast(lift: Lift, node: Node) -> Value | None:
+    """A change of dtype stays in the term: precision is part of what the model computes."""
+    rows = lift.rows(node.args[0])
+    if rows is None or not value(node).is_floating_point():
+        return None
+    source = node.args[0]
+    assert isinstance(source, Node)
+    if value(source).dtype == value(node).dtype:
+        return rows
+    return _applied(lift, rows, "cast", (str(value(node).dtype).removeprefix("torch."),))
+
+
+def binary(lift: Lift, node: Node) -> Value | None:
+    """Two operands of the same rows, a number, or one opaque number per pair."""
+    left, right = lift.rows(node.args[0]), lift.rows(node.args[1])
+    op = BINARY[operator_name(node)]
+    if (left is None and right is None) or argument(node, "alpha", 1) != 1 or argument(node, "rounding_mode"):
+        return None
+    anchor = left or right
+    assert anchor is not None
+    operands = [_operand(lift, a, r, anchor) for a, r in ((node.args[0], left), (node.args[1], right))]
+    if any(o is None for o in operands):
+        return None
+    a, b = (o for o in operands if o is not None)
+    domain = a.domain.meet(b.domain)  # type: ignore[arg-type]
+    trail = _broadcast(a.trail, b.trail)
+    if domain is None or trail is None or a.lead != b.lead or not _survives(node, a, b, trail):
+        return None
+    return Rows(domain, lift.terms.number(op, (a.term, b.term)), a.lead, trail)
+
+
+def reversed_sub(lift: Lift, node: Node) -> Value | None:
+    """number - rows."""
+    rows, number = lift.rows(node.args[0]), node.args[1]
+    if rows is None or not isinstance(number, (int, float)) or argument(node, "alpha", 1) != 1:
+        return None
+    constant = lift.terms.number("const", (), (number,))
+    return rows.like(lift.terms.number("sub", (constant, rows.term)))
+
+
+def _operand(lift: Lift, argument: object, rows: Rows | None, anchor: Rows) -> Rows | None:
+    if rows is not None:
+        return None if rows.is_matrix else rows
+    if isinstance(argument, (int, float)):
+        return anchor.like(lift.terms.number("const", (), (argument,)), tuple(1 for _ in anchor.trail))
+    if not is_tensor(argument) or not lift.opaque(argument):
+        return None
+    assert isinstance(argument, Node)
+    return _opaque_operand(lift, argument, anchor)
+
+
+def _opaque_operand(lift: Lift, node: Node, anchor: Rows) -> Rows | None:
+    """A routing weight beside rows: one opaque number per pair, or per (token, expert) beside dense weights."""
+    trail = tuple(1 for _ in shape(node)[anchor.lead :])
+    if isinstance(anchor.domain, Pairs):
+        fits = anchor.domain.order is None and is_pair_shaped(node, anchor.domain)
+        fits = fits and all(same_size(s, 1) for s in shape(node)[anchor.lead :])
+        return anchor.like(lift.pair(PairSource(node)), trail) if fits and len(shape(node)) >= anchor.lead else None
+    if anchor.domain == Everywhere(anchor.domain.experts, 1) and anchor.lead == 2 and len(shape(node)) == 2:
+        leaf = next((s for s in lift.terms.leaves(anchor.term, "pair")), None)
+        if leaf is None or not same_size(shape(node)[1], anchor.domain.experts):
+            return None
+        return anchor.like(lift.pair(PairSource(node, lift.sources[str(leaf.attrs[0])].ids, matrix=True)), trail)
+    return None
+
+
+def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
+    if len(a) != len(b) or any(x != y and 1 not in (x, y) for x, y in zip(a, b, strict=True)):
+        return None
+    trail = tuple(max(x, y) for x, y in zip(a, b, strict=True))
+    return trail if sum(s != 1 for s in trail) <= 1 else None
+
+
+def _survives(node: Node, a: Rows, b: Rows, trail: tuple[int, ...]) -> bool:
+    """The result's shape is the rows' shape: nothing was broadcast into the row dimensions."""
+    sizes = shape(node)
+    return len(sizes) == a.lead + len(trail) and all(same_size(x, y) for x, y in zip(sizes[a.lead :], trail, strict=True))
+
+
+def take_slice(lift: Lift, node: Node) -> Value | None:
+    """A slice of the width becomes part of the term; a slice of the rows must be the whole."""
+    rows = lift.rows(node.args[0])
+    if rows is None:
+        return None
+    source = node.args[0]
+    assert isinstance(source, Node)
+    dim = argument(node, "dim") % len(shape(source))
+    start, stop, step = argument(node, "start") or 0, argument(node, "end"), argument(node, "step")
+    if dim < rows.lead:
+        whole = start == 0 and step == 1 and (stop is None or (isinstance(stop, int) and stop >= _WHOLE))
+        return rows if whole else None
+    width = rows.trail[dim - rows.lead]
+    if rows.is_matrix or width != rows.width or not all(isinstance(s, int) for s in (start, step)):
+        return None
+    return _sliced(lift, rows, dim, *_bounds(start, stop, width), step)
+
+
+def _bounds(start: int, stop: int | None, width: int) -> tuple[int, int]:
+    stop = width if stop is None else stop
+    start, stop = (s + width if s < 0 else s for s in (start, stop))
+    return min(max(start, 0), width), min(max(stop, 0), width)
+
+
+def _sliced(lift: Lift, rows: Rows, dim: int, start: int, stop: int, step: int) -> Rows:
+    at = dim - rows.lead
+    if (start, stop, step) == (0, rows.trail[at], 1):
+        return rows
+    trail = (*rows.trail[:at], max(0, -(-(stop - start) // step)), *rows.trail[at + 1 :])
+    return rows.like(lift.terms.number("slice", (rows.term,), (start, stop, step)), trail)
+
+
+def split(lift: Lift, node: Node) -> Value | None:
+    """chunk, split, split_with_sizes, unbind-like cuts of the width."""
+    rows = lift.rows(node.args[0])
+    if rows is None or rows.is_matrix:
+        return None
+    source = node.args[0]
+    assert isinstance(source, Node)
+    dim = argument(node, "dim") % len(shape(source))
+    if dim < rows.lead or rows.trail[dim - rows.lead] != rows.width:
+        return None
+    parts, start = list[Value | None](), 0
+    for part in value(node):
+        stop = start + int(part.shape[dim])
+        parts.append(_sliced(lift, rows, dim, start, stop, 1))
+        start = stop
+    return Parts(tuple(parts))
+
+
+def concatenate(lift: Lift, node: Node) -> Value | None:
+    """cat of two rows along the width."""
+    rows = [lift.rows(a) for a in argument(node, "tensors")]
+    if len(rows) != 2 or rows[0] is None or rows[1] is None or rows[0].is_matrix or rows[1].is_matrix:
+        return None
+    a, b = rows[0], rows[1]
+    dim = argument(node, "dim") % len(shape(node))
+    domain = a.domain.meet(b.domain)  # type: ignore[arg-type]
+    if domain is None or a.lead != b.lead or dim != a.lead + len(a.trail) - 1 or len(a.trail) != len(b.trail):
+        return None
+    trail = (*a.trail[:-1], a.trail[-1] + b.trail[-1])
+    return Rows(domain, lift.terms.number("concat", (a.term, b.term)), a.lead, trail)
+
+
+def mean(lift: Lift, node: Node) -> Value | None:
+    """The mean over the width, kept as a column (the norms' building block)."""
+    rows = lift.rows(node.args[0])
+    if rows is None or rows.is_matrix or not argument(node, "keepdim") or argument(node, "dtype") is not None:
+        return None
+    dims = [d % (rows.lead + len(rows.trail)) for d in argument(node, "dim")]
+    if dims != [rows.lead + len(rows.trail) - 1] or rows.trail[-1] != rows.width:
+        return None
+    return rows.like(lift.terms.number("mean", (rows.term,)), (*rows.trail[:-1], 1))
+
+
+def copy(lift: Lift, node: Node) -> Value | None:
+    """clone, contiguous, dropout that does nothing."""
+    if operator_name(node) == "aten::dropout" and argument(node, "train") and argument(node, "p"):
+        return None
+    return lift.rows(node.args[0])
+
+
+def view(lift: Lift, node: Node) -> Value | None:
+    """A view that keeps each row in one piece: the rows' numbering changes, or dimensions of size 1 come and go."""
+    rows = lift.rows(node.args[0])
+    if rows is None:
+        return None
+    source = node.args[0]
+    assert isinstance(source, Node)
+    old, new = shape(source), shape(node)
+    if rows.is_matrix:
+        return rows if len(old) == len(new) and all(map(same_size, old, new)) else None
+    for lead in _leads(rows, old, new):
+        trail = new[lead:]
+        if all(isinstance(s, int) for s in trail) and _product(trail) == rows.width and _one_piece(trail):
+            return Rows(rows.domain, rows.term, lead, tuple(int(s) for s in trail))
+    return None
+
+
+def _leads(rows: Rows, old: tuple[Size, ...], new: tuple[Size, ...]) -> list[int]:
+    """How many leading dimensions of the new shape may number the rows, likeliest first."""
+    found = []
+    if len(new) >= rows.lead and all(map(same_size, old[: rows.lead], new[: rows.lead])):
+        found.append(rows.lead)
+    if isinstance(rows.domain, Everywhere):
+        if rows.lead == 1 and len(new) > 1 and same_size(new[0], rows.domain.experts):
+            found.append(2)
+        if rows.lead == 2 and rows.domain.axis == 0:
+            found.append(1)
+    elif rows.domain.order is None:
+        if rows.lead > 1:
+            found.append(1)
+        found += [n for n in range(2, len(new) + 1) if same_size(new[n - 1], rows.domain.slots) and n not in found]
+    return found
+
+
+def unsqueeze(lift: Lift, node: Node) -> Value | None:
+    """A new dimension of size 1 within a row."""
+    rows = lift.rows(node.args[0])
+    if rows is None or rows.is_matrix:
+        return None
+    at = argument(node, "dim") % (rows.lead + len(rows.trail) + 1) - rows.lead
+    return rows.like(rows.term, (*rows.trail[:at], 1, *rows.trail[at:])) if at >= 0 else None
+
+
+def squeeze(lift: Lift, node: Node) -> Value | None:
+    """A dimension of size 1 within a row goes."""
+    rows = lift.rows(node.args[0])
+    dims = argument(node, "dim")
+    if rows is None or dims is None:
+        return None
+    rank = rows.lead + len(rows.trail)
+    gone = {d % rank - rows.lead for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    if any(at < 0 for at in gone):
+        return None
+    return rows.like(rows.term, tuple(s for i, s in enumerate(rows.trail) if i not in gone or s != 1))
+
+
+def transpose(lift: Lift, node: Node) -> Value | None:
+    """Swapping dimensions within a row, or the tokens and experts of dense weights."""
+    rows = lift.rows(node.args[0])
+    if rows is None:
+        return None
+    rank = rows.lead + len(rows.trail)
+    order = list(range(rank))
+    if operator_name(node) == "aten::permute":
+        order = [d % rank for d in argument(node, "dims")]
+    elif operator_name(node) == "aten::transpose":
+        i, j = (d % rank for d in node.args[1:3] if isinstance(d, int))
+        order[i], order[j] = j, i
+    else:
+        order = order[::-1]
+    if order[: rows.lead] == [1, 0] and isinstance(rows.domain, Everywhere) and order[2:] == list(range(2, rank)):
+        return rows.like(rows.term, domain=Everywhere(rows.domain.experts, 1 - rows.domain.axis))
+    if order[: rows.lead] != list(range(rows.lead)):
+        return None
+    trail = tuple(rows.trail[d - rows.lead] for d in order[rows.lead :])
+    if rows.is_matrix:
+        if len(rows.trail) != 2:
+            return None
+        return Rows(rows.domain, rows.term, rows.lead, trail, rows.flipped ^ (order[rows.lead] != rows.lead))
+    return rows.like(rows.term, trail)
+
+
+def _applied(lift: Lift, rows: Rows, op: str, attrs: tuple[Attr, ...] = ()) -> Rows | None:
+    if rows.is_matrix and op != "cast":
+        return None
+    return rows.like(lift.terms.number(op, (rows.term,), attrs))
+
+
+def _product(sizes: tuple[Size, ...]) -> int:
+    product = 1
+    for size in sizes:
+        if not isinstance(size, int):
+            raise NotStatic
+        product *= size
+    return product
+
+
+def _one_piece(sizes: tuple[Size, ...]) -> bool:
+    return sum(not same_size(s, 1) for s in sizes) <= 1
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    **{name: (unary,) for name in UNARY},
+    **{name: (binary,) for name in BINARY},
+    "aten::rsub": (reversed_sub,),
+    "aten::gelu": (gelu,),
+    "aten::softplus": (softplus,),
+    "aten::pow": (power,),
+    "aten::square": (square,),
+    "aten::clamp": (clamp,),
+    "aten::clamp_min": (clamp,),
+    "aten::clamp_max": (clamp,),
+    "aten::to": (cast,),
+    "aten::_to_copy": (cast,),
+    "aten::type_as": (cast,),
+    "aten::slice": (take_slice,),
+    "aten::chunk": (split,),
+    "aten::split": (split,),
+    "aten::split_with_sizes": (split,),
+    "aten::cat": (concatenate,),
+    "aten::mean": (mean,),
+    "aten::clone": (copy,),
+    "aten::contiguous": (copy,),
+    "aten::dropout": (copy,),
+    "aten::view": (view,),
+    "aten::reshape": (view,),
+    "aten::_unsafe_view": (view,),
+    "aten::flatten": (view,),
+    "aten::unsqueeze": (unsqueeze,),
+    "aten::squeeze": (squeeze,),
+    "aten::transpose": (transpose,),
+    "aten::permute": (transpose,),
+    "aten::t": (transpose,),
+    "aten::mT": (transpose,),
+}

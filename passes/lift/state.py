@@ -1,0 +1,220 @@
+"""The forward walk: each node's meaning from its arguments' meanings, and where meaning was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch.fx import Node
+
+from dsmoe_compiler.ir.body import Terms
+from dsmoe_compiler.ir.graph import (
+    CASTS,
+    COPIES,
+    VIEWS,
+    ProgramGraph,
+    alias_root,
+    is_tensor,
+    mutated_argument,
+    shape,
+    value,
+)
+from dsmoe_compiler.passes.lift.values import Combined, Pairs, Rows, Value
+
+Rule: TypeAlias = Callable[["Lift", Node], Value | None]
+
+
+class Unproven(Exception):
+    """A rule recognised the operator but could not prove what it needs; the layer is refused with this."""
+
+    def __init__(self, code: str, because: str) -> None:
+        super().__init__(because)
+        self.code, self.because = code, because
+
+
+class NotStatic(Exception):
+    """A width that is not a number, so nothing a model's weights could meet: the rule does not apply."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The value at which a layer's meaning ended: its ids (None if not known), the node, a refusal code, a reason."""
+
+    ids: Node | None
+    node: Node
+    code: str
+    because: str
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """Where a routing weight comes from: a (T, K) value, or a (T, E) matrix to be read at the ids."""
+
+    node: Node
+    ids: Node | None = None
+    matrix: bool = False
+    fill: float | None = None
+
+
+@dataclass
+class Lift:
+    """One walk over one graph: meanings by node, terms, sources of weights, losses."""
+
+    graph: ProgramGraph
+    rules: Mapping[str, tuple[Rule, ...]]
+    terms: Terms = field(default_factory=Terms)
+    meaning: dict[Node, Value] = field(default_factory=dict)
+    sources: dict[str, PairSource] = field(default_factory=dict)
+    params: dict[str, Node] = field(default_factory=dict)
+    losses: list[Lost] = field(default_factory=list)
+    overwritten: set[Node] = field(default_factory=set)
+
+    def run(self) -> list[tuple[Node, Combined]]:
+        """Walk once, forward; returns every place where rows became tokens."""
+        nodes = self.graph.nodes
+        self.overwritten = {alias_root(m) for n in nodes if (m := mutated_argument(n)) is not None}
+        combined = []
+        for node in nodes:
+            if node.op == "call_function" and (found := self._interpret(node)) is not None:
+                self.meaning[node] = found
+                if isinstance(found, Combined):
+                    combined.append((node, found))
+        return combined
+
+    def _interpret(self, node: Node) -> Value | None:
+        known = [v for a in node.all_input_nodes if (v := self.meaning.get(a)) is not None]
+        if self.overwritten and is_tensor(node) and alias_root(node) in self.overwritten:
+            if known:
+                self._lose(node, "R408", "it is overwritten in place while another name still reads it")
+            return None
+        try:
+            for rule in self.rules.get(operator_name(node), ()):
+                if (found := rule(self, node)) is not None:
+                    return found
+        except Unproven as e:
+            self._lose(node, e.code, e.because)
+            return None
+        except NotStatic:
+            return None
+        if any(isinstance(v, Rows) and self._has_weights(v) for v in known):
+            self._lose(node, "R301", f"{operator_name(node)} is not known on {self.describe(node)}")
+        return None
+
+    def _has_weights(self, rows: Rows) -> bool:
+        return bool(self.terms.leaves(rows.term, "expert"))
+
+    def _lose(self, node: Node, code: str, because: str) -> None:
+        ids = next((i for a in node.all_input_nodes if (i := self.ids_of(a)) is not None), None)
+        self.losses.append(Lost(ids, node, code, because))
+
+    def ids_of(self, node: Node) -> Node | None:
+        """The ids behind a node's meaning, where it has one that knows them."""
+        found = self.meaning.get(node)
+        domain = getattr(found, "domain", None)
+        ids = domain.ids if isinstance(domain, Pairs) else getattr(found, "ids", None)
+        return ids if isinstance(ids, Node) else None
+
+    def describe(self, node: Node) -> str:
+        """The rows among a node's arguments, in words."""
+        rows = [v for a in node.all_input_nodes if isinstance(v := self.meaning.get(a), Rows)]
+        where = {True: "pairs in their own order", False: "pairs sorted by expert"}
+        names = [
+            where[v.domain.order is None] if isinstance(v.domain, Pairs) else "every token for every expert" for v in rows
+        ]
+        return " and ".join(dict.fromkeys(names)) or "these values"
+
+    # -- what rules ask ------------------------------------------------------------------------------------------
+
+    def rows(self, node: object) -> Rows | None:
+        """The node's meaning if it is rows."""
+        found = self.meaning.get(node) if isinstance(node, Node) else None
+        return found if isinstance(found, Rows) else None
+
+    def of(self, node: object) -> Value | None:
+        """The node's meaning."""
+        return self.meaning.get(node) if isinstance(node, Node) else None
+
+    def opaque(self, node: object) -> bool:
+        """A tensor of the program that has no meaning yet and is no parameter: a possible leaf."""
+        return is_tensor(node) and self.of(node) is None and self.expert_parameter(node) is None
+
+    def token(self, node: Node) -> int:
+        """The leaf x[token], x being `node` (T, D)."""
+        return self.terms.number("token", (), (node.name,))
+
+    def pair(self, source: PairSource) -> int:
+        """The leaf v[pair]."""
+        self.sources[source.node.name] = source
+        return self.terms.number("pair", (), (source.node.name,))
+
+    def expert(self, parameter: Node) -> int:
+        """The leaf P[expert], P being the whole parameter, E first."""
+        self.params[parameter.name] = parameter
+        return self.terms.number("expert", (), (parameter.name,))
+
+    def expert_parameter(self, node: object) -> tuple[Node, bool] | None:
+        """(parameter, whether its last two dimensions are swapped) for a parameter seen through transposes."""
+        flipped = False
+        while isinstance(node, Node) and node.op == "call_function":
+            if not node.args or not is_tensor(node.args[0]):
+                return None
+            if node.target in COPIES:
+                pass
+            elif _swaps_last_two(node):
+                flipped = not flipped
+            else:
+                return None
+            node = node.args[0]
+        if isinstance(node, Node) and self.graph.parameter(node) is not None and is_tensor(node):
+            return (node, flipped) if len(shape(node)) >= 2 else None
+        return None
+
+    def ids_root(self, node: Node) -> tuple[Node, int] | None:
+        """(ids (…, K), K) under an integer vector or matrix; K is the static size of the ids' last dimension."""
+        if not is_tensor(node) or value(node).is_floating_point() or self.of(node) is not None:
+            return None
+        while node.op == "call_function":
+            below = node.args[0] if node.args else None
+            if not isinstance(below, Node) or not is_tensor(below) or value(below).is_floating_point():
+                break
+            flattens = node.target in VIEWS and len(shape(node)) == 1
+            if not (flattens or node.target in CASTS | COPIES):
+                break
+            node = below
+        sizes = shape(node)
+        slots = sizes[-1] if len(sizes) > 1 else 1
+        return (node, slots) if isinstance(slots, int) else None
+
+
+def operator_name(node: Node) -> str:
+    """ "aten::sort", without the overload; Python's own operators by their name."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name if schema is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """An argument of an ATen call by its schema's name, however it was passed."""
+    formals = node.target._schema.arguments  # type: ignore[union-attr]
+    for i, formal in enumerate(formals):
+        if formal.name == name:
+            return node.args[i] if i < len(node.args) else node.kwargs.get(name, formal.default_value)
+    return default
+
+
+def _swaps_last_two(node: Node) -> bool:
+    below = node.args[0]
+    assert isinstance(below, Node)
+    rank = len(shape(below))
+    match operator_name(node):
+        case "aten::transpose":
+            dims = {d % rank for d in node.args[1:3] if isinstance(d, int)}
+            return dims == {rank - 1, rank - 2}
+        case "aten::permute":
+            order = [d % rank for d in argument(node, "dims")]
+            return order == [*range(rank - 2), rank - 1, rank - 2]
+        case "aten::mT":
+            return True
+        case "aten::t" | "aten::numpy_T":
+            return rank == 2
+    return False

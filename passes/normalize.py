@@ -1,0 +1,179 @@
+"""Make the captured graph functional and plain, in place and in linear time.
+
+What lifting reads must have one meaning, so an in-place operator becomes its functional twin wherever no other name
+reads the overwritten memory afterwards; casts and copies that change nothing disappear; equal views become one node.
+Retracing the program would do the same at more than the price of the capture itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+from torch.fx.node import Argument
+
+from dsmoe_compiler.ir.graph import (
+    CASTS,
+    COPIES,
+    VIEWS,
+    ProgramGraph,
+    alias_root,
+    aten,
+    dtype,
+    erase_dead,
+    is_tensor,
+    mutated_argument,
+)
+from dsmoe_compiler.ir.passes import PassLog
+
+_SIZES = frozenset({aten.sym_size.int, operator.mul, operator.add, operator.sub, operator.floordiv})
+_REARRANGE = frozenset(
+    {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.t.default}
+)
+_NOTHING = frozenset({aten.lift_fresh.default, aten.detach_.default, aten.detach.default, aten.alias.default})
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Functional, without assertions that hold by construction, without copies that copy nothing.
+
+    before:
+        %1 = topk(%0, 2)
+        %2 = getitem(%1, 0)
+        %3 = div_(%2, 2.0)
+        %4 = to(%3, float32)
+    after:
+        %1 = topk(%0, 2)
+        %2 = getitem(%1, 0)
+        %3 = div(%2, 2.0)
+    """
+
+    name: ClassVar[str] = "normalize"
+
+    def run(self, graph: ProgramGraph, log: PassLog) -> bool:
+        """Returns whether anything changed."""
+        before = len(graph.nodes)
+        changed = _drop_metadata_assertions(graph)
+        changed += _make_functional(graph)
+        changed += _drop_copies(graph)
+        changed += _merge_equal(graph)
+        erase_dead(graph.graph)
+        return bool(changed) or len(graph.nodes) != before
+
+
+def _drop_metadata_assertions(graph: ProgramGraph) -> int:
+    """dtype and device were checked when the program was captured and are checked again at its inputs."""
+    found = [n for n in graph.nodes if n.target is aten._assert_tensor_metadata.default]
+    for node in found:
+        graph.graph.erase_node(node)
+    return len(found)
+
+
+def _make_functional(graph: ProgramGraph) -> int:
+    position = {n: i for i, n in enumerate(graph.graph.nodes)}
+    family: dict[Node, list[Node]] = {}
+    for node in position:
+        family.setdefault(alias_root(node), []).append(node)
+    changed = 0
+    for node in list(position):
+        overwritten = mutated_argument(node)
+        twin = _functional_twin(node)
+        if overwritten is None or twin is None or overwritten is not node.args[0]:
+            continue
+        root = alias_root(overwritten)
+        if root.op != "call_function" or _read_later(family.get(root, [root]), overwritten, node, position):
+            continue
+        replacement = _insert_twin(graph, node, twin, overwritten)
+        position[replacement] = position[node]
+        later = [m for m in family.get(root, []) if position[m] > position[node]]
+        family[alias_root(replacement)] = [replacement, *later]
+        for user in [u for u in overwritten.users if position.get(u, -1) > position[node]]:
+            user.replace_input_with(overwritten, replacement)
+        node.replace_all_uses_with(replacement)
+        graph.graph.erase_node(node)
+        changed += 1
+    return changed
+
+
+def _read_later(family: list[Node], overwritten: Node, at: Node, position: dict[Node, int]) -> bool:
+    """Whether another name for the overwritten memory, made before `at`, is read after it."""
+    return any(
+        position[user] > position[at]
+        for other in family
+        if other is not overwritten and other is not at and position[other] < position[at]
+        for user in other.users
+        if user in position
+    )
+
+
+def _functional_twin(node: Node) -> torch._ops.OpOverload | None:
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return None
+    namespace, name = node.target._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name[:-1], None) if name.endswith("_") else None
+    twin = getattr(packet, node.target._overloadname, None)
+    if twin is None or twin._schema.is_mutable:
+        return None
+    same = [a.name for a in twin._schema.arguments] == [a.name for a in node.target._schema.arguments]
+    return twin if same else None
+
+
+def _insert_twin(graph: ProgramGraph, node: Node, twin: torch._ops.OpOverload, overwritten: Node) -> Node:
+    with graph.graph.inserting_before(node):
+        made = graph.graph.call_function(twin, node.args, node.kwargs)
+        made.meta = dict(node.meta)
+        others = [a for a in node.all_input_nodes if a is not overwritten and is_tensor(a)]
+        if any(dtype(o) != dtype(overwritten) and dtype(o).is_floating_point for o in others):
+            made = graph.graph.call_function(aten.to.dtype, (made, dtype(overwritten)))
+            made.meta = dict(node.meta)
+    return made
+
+
+def _drop_copies(graph: ProgramGraph) -> int:
+    changed = 0
+    written = {alias_root(m) for n in graph.nodes if (m := mutated_argument(n)) is not None}
+    for node in graph.nodes:
+        if node.op != "call_function" or not node.args or not is_tensor(node.args[0]) or not is_tensor(node):
+            continue
+        below = node.args[0]
+        assert isinstance(below, Node)
+        if alias_root(node) in written or alias_root(below) in written:
+            continue
+        plain = node.target in _NOTHING or (
+            node.target in CASTS | COPIES
+            and dtype(node) == dtype(below)
+            and node.meta["val"].device == below.meta["val"].device
+            and (node.target not in COPIES or str(node.meta["val"].stride()) == str(below.meta["val"].stride()))
+        )
+        if plain:
+            node.replace_all_uses_with(below)
+            graph.graph.erase_node(node)
+            changed += 1
+    return changed
+
+
+def _merge_equal(graph: ProgramGraph) -> int:
+    """One node for equal views, casts and sizes, so that equal values are equal nodes."""
+    seen: dict[tuple[object, ...], Node] = {}
+    mergeable = VIEWS | CASTS | _SIZES | _REARRANGE
+    written = {alias_root(m) for n in graph.nodes if (m := mutated_argument(n)) is not None}
+    changed = 0
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in mergeable or alias_root(node) in written:
+            continue
+        key = (node.target, _frozen(node.args), _frozen(tuple(sorted(node.kwargs.items()))))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.graph.erase_node(node)
+            changed += 1
+    return changed
+
+
+def _frozen(argument: Argument) -> object:
+    if isinstance(argument, (list, tuple)):
+        return tuple(_frozen(a) for a in argument)
+    return (type(argument).__name__, argument)

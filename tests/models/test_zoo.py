@@ -1,0 +1,143 @@
+"""The zoo's models have the sizes they are named for."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsmoe_compiler.models.deepseek_moe import MoE
+from dsmoe_compiler.models.zoo import (
+    ZOO,
+    UnknownModel,
+    build,
+    example_inputs,
+    names,
+    parameter_count,
+    preset,
+)
+
+# DeepSeekMoE (arXiv 2401.06066), Tables 1, 3 and 6, in billions, as printed: total, activated.
+PAPER = {
+    "deepseek-moe-2b": (2.0, 0.3),
+    "deepseek-moe-16b": (16.4, 2.8),
+    "deepseek-moe-145b": (144.6, 22.2),
+}
+
+
+def test_names_are_in_order_of_size() -> None:
+    sizes = [parameter_count(name).total for name in names()]
+    assert names() == tuple(ZOO)
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameters_round_to_the_papers_figures(name: str) -> None:
+    count = parameter_count(name)
+    assert (round(count.total / 1e9, 1), round(count.activated / 1e9, 1)) == PAPER[name]
+
+
+def test_the_16b_has_exactly_the_released_models_parameters() -> None:
+    assert parameter_count("deepseek-moe-16b").total == 16_375_728_128
+
+
+def test_the_2b_has_the_papers_expert_parameters() -> None:
+    config = preset("deepseek-moe-2b").config
+    one_expert = config.num_hidden_layers * 3 * config.hidden_size * config.moe_intermediate_size
+    shared, routed, chosen = config.n_shared_experts, config.n_routed_experts, config.num_experts_per_tok
+    assert round(one_expert * (shared + routed) / 1e9, 2) == 1.89
+    assert round(one_expert * (shared + chosen) / 1e9, 2) == 0.24
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("deepseek-moe-tiny", 2),
+        ("deepseek-moe-demo", 2),
+        ("deepseek-moe-2b", 9),
+        ("deepseek-moe-16b", 27),
+        ("deepseek-moe-145b", 61),
+    ],
+)
+def test_moe_layers(name: str, layers: int) -> None:
+    model = build(name, device="meta")
+    assert sum(isinstance(module, MoE) for module in model.modules()) == layers
+    assert preset(name).config.num_moe_layers == layers
+
+
+def test_the_tiny_model_takes_under_5_megabytes_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.pt"
+    torch.save(build("deepseek-moe-tiny").state_dict(), path)
+    assert 4_500_000 < path.stat().st_size < 5_000_000
+
+
+def test_the_demo_is_mostly_experts() -> None:
+    config = preset("deepseek-moe-demo").config
+    experts = 3 * config.hidden_size * config.moe_intermediate_size * config.n_routed_experts
+    total = parameter_count("deepseek-moe-demo").total
+    assert 300e6 < 4 * total < 400e6
+    assert experts * config.num_moe_layers > 0.8 * total
+
+
+def test_a_seed_is_a_model_in_every_dtype() -> None:
+    one, same, other = (build("deepseek-moe-tiny", seed=seed).state_dict() for seed in (1, 1, 2))
+    rounded = build("deepseek-moe-tiny", seed=1, dtype=torch.bfloat16).state_dict()
+    for name, value in one.items():
+        assert value.equal(same[name]), name
+        assert not value.equal(other[name]), name
+        assert value.bfloat16().equal(rounded[name]), name
+
+
+def test_building_draws_nothing_from_the_global_generator() -> None:
+    before = torch.get_rng_state()
+    build("deepseek-moe-tiny")
+    example_inputs("deepseek-moe-tiny")
+    assert torch.get_rng_state().equal(before)
+
+
+@torch.no_grad()
+def test_random_weights_route_to_many_experts_and_weigh_them_unevenly() -> None:
+    model = build("deepseek-moe-tiny")
+    gate = model.get_submodule("model.layers.1.mlp.gate")
+    ids, weights = gate(torch.randn(200, 96, generator=torch.Generator().manual_seed(0)))
+    assert ids.unique().numel() == 16
+    assert weights[:, 0].mean() > 3 * weights[:, 3].mean()
+
+
+def test_the_meta_device_holds_no_memory() -> None:
+    model = build("deepseek-moe-145b", device="meta")
+    assert not model.training
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", names())
+def test_example_sizes_equal_no_dimension_of_the_model(name: str) -> None:
+    inputs = example_inputs(name, "meta")
+    config = preset(name).config
+    dimensions = {size for parameter in build(name, device="meta").parameters() for size in parameter.shape}
+    dimensions |= {config.num_attention_heads, config.head_dim, config.head_dim // 2}
+    dimensions |= {config.num_experts_per_tok, config.moe_intermediate_size, config.n_shared_experts}
+    batch, length = inputs["input_ids"].shape
+    pairs = batch * length * config.num_experts_per_tok
+    assert dimensions.isdisjoint({batch, length, batch * length, pairs})
+
+
+def test_example_inputs_are_ids_of_the_vocabulary_and_stay_the_same() -> None:
+    first, second = example_inputs("deepseek-moe-tiny"), example_inputs("deepseek-moe-tiny")
+    assert list(first) == ["input_ids"]
+    assert first["input_ids"].dtype == torch.int64
+    assert first["input_ids"].equal(second["input_ids"])
+    assert first["input_ids"].min() >= 0
+    assert first["input_ids"].max() < 512
+
+
+@pytest.mark.parametrize("call", [build, preset, parameter_count, example_inputs])
+def test_an_unknown_name_lists_the_nearest(call: Callable[[str], object]) -> None:
+    with pytest.raises(UnknownModel, match="unknown model 'deepseek-moe-16'.*deepseek-moe-16b"):
+        call("deepseek-moe-16")
+
+
+def test_a_name_near_nothing_lists_them_all() -> None:
+    with pytest.raises(UnknownModel) as error:
+        build("gpt")
+    assert all(name in str(error.value) for name in names())
