@@ -18,7 +18,6 @@ from dsmoe_compiler.ir.graph import (
     aten,
     common_module,
     dtype,
-    erase_dead,
     same_size,
     shape,
     source,
@@ -67,11 +66,12 @@ class LiftExperts:
                 experts = _insert(lift, node, found, facts.ids)
             except Unproven as e:
                 refusal = Refusal(e.code, e.because, node.name, facts.source)
-                log.layer(LayerFacts(facts.name, facts.idiom, None, refusal, facts.source, node.name, order[node]))
+                log.layer(LayerFacts(facts.name, facts.idiom, None, refusal, facts.source, node.name, "", order[node]))
                 continue
             log.replace(Replacement(facts.name, experts.old, experts.new, experts.inputs, "R304"))
             spec = MoESpec(experts.slots, experts.spec)
-            log.layer(LayerFacts(facts.name, facts.idiom, spec, None, facts.source, experts.old.name, order[node]))
+            at = (experts.old.name, experts.op.name, order[node])
+            log.layer(LayerFacts(facts.name, facts.idiom, spec, None, facts.source, *at))
             if facts.selector is not None:
                 done[facts.selector] = True
         for selector, selection in selections.items():
@@ -128,6 +128,7 @@ def _idiom(lift: Lift, node: Node, found: Combined) -> str:
 class _Inserted:
     old: Node
     new: Node
+    op: Node
     inputs: tuple[Node, ...]
     spec: ExpertsSpec
     slots: int
@@ -181,7 +182,7 @@ def _emit(
             new.meta["val"] = value(old).reshape(tokens, shape(node)[-1])
             out = graph.call_function(aten.reshape.default, (new, list(value(old).shape)))
             out.meta = dict(old.meta)
-    return _Inserted(old, out, (x, ids_TK, weights), spec, slots)
+    return _Inserted(old, out, new, (x, ids_TK, weights), spec, slots)
 
 
 def _weights(
@@ -247,9 +248,4 @@ def _refused(lift: Lift, selection: Selection, order: dict[Node, int]) -> LayerF
         because = f"the ids are first used by {selection.first_use.target}, a spelling that is not known"
         refusal = Refusal("R407", because, selection.first_use.name, selection.source)
     at = order[selection.first_use]
-    return LayerFacts(selection.name, "unknown", None, refusal, selection.source, selection.first_use.name, at)
-
-
-def clean(graph: ProgramGraph) -> None:
-    """Erase what nobody reads any more."""
-    erase_dead(graph.graph)
+    return LayerFacts(selection.name, "unknown", None, refusal, selection.source, selection.first_use.name, "", at)

@@ -33,7 +33,10 @@ class Replacement:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What is known of one layer after some pass; passes replace the whole record."""
+    """What is known of one layer after some pass; passes replace the whole record.
+
+    `node` is the value the layer was recognised (or lost) at, `op` the op that stands for it now, `order` its place.
+    """
 
     name: str
     idiom: str
@@ -41,7 +44,9 @@ class LayerFacts:
     refusal: Refusal | None
     source: str
     node: str = ""
+    op: str = ""
     order: int = 0
+    remarks: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:

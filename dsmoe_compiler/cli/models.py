@@ -1,0 +1,100 @@
+"""`dsmoe models`: the models one can name."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from dataclasses import asdict, dataclass
+
+import click
+
+from dsmoe_compiler.cli.stages import Stages
+from dsmoe_compiler.report.grid import Column, Grid, Row
+
+INDENT = "    "
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the zoo: parameters held, and used by one token; E, K, S and the number of MoE layers."""
+
+    name: str
+    description: str
+    parameters: int
+    activated: int
+    experts: int
+    experts_per_token: int
+    shared_experts: int
+    moe_layers: int
+
+
+@click.command("models")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+def models(as_json: bool) -> None:
+    """List the models of the zoo, smallest first.
+
+    E experts are routed, K of them chosen for each token, S shared by all tokens.
+
+    \b
+    Example:
+      dsmoe models
+    """
+    with Stages() as stage:
+        stage("load torch")
+        entries = _entries()
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
+        return
+    _print(entries)
+
+
+def _entries() -> list[Entry]:
+    from dsmoe_compiler.models import zoo
+
+    entries = []
+    for name, preset in zoo.ZOO.items():
+        count, config = zoo.parameter_count(name), preset.config
+        entries.append(
+            Entry(
+                name,
+                preset.description,
+                count.total,
+                count.activated,
+                config.n_routed_experts,
+                config.num_experts_per_tok,
+                config.n_shared_experts,
+                config.num_moe_layers,
+            )
+        )
+    return entries
+
+
+def _print(entries: list[Entry]) -> None:
+    from dsmoe_compiler.cli.paint import console, print_grid
+
+    numbers = ("parameters", "activated", "E", "K", "S", "MoE layers")
+    rows = (
+        Row(
+            (
+                entry.name,
+                _count(entry.parameters),
+                _count(entry.activated),
+                str(entry.experts),
+                str(entry.experts_per_token),
+                str(entry.shared_experts),
+                str(entry.moe_layers),
+            ),
+            below=tuple(
+                textwrap.wrap(entry.description, 76, initial_indent=INDENT, subsequent_indent=INDENT)
+            ),
+        )
+        for entry in entries
+    )
+    print_grid(
+        console(), Grid((Column("name"), *(Column(title, number=True) for title in numbers)), tuple(rows))
+    )
+
+
+def _count(parameters: int) -> str:
+    """A count for reading: 16.4 B, 1.2 M."""
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"

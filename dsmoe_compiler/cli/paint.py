@@ -1,0 +1,58 @@
+"""Reports and tables on a terminal, in colour; on anything else the plain text of the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.text import Text
+
+from dsmoe_compiler.report.grid import GAP, Grid, Row
+from dsmoe_compiler.report.report import Report
+from dsmoe_compiler.report.story import tell
+
+WIDEST = 120  # a map wider than this is harder to read, not easier
+
+
+def console() -> Console:
+    """Where a command's answer goes. Lines are never wrapped or cut when stdout is not a terminal."""
+    return Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+
+
+def print_report(to: Console, report: Report) -> None:
+    """The MoE map, the passes and the remarks."""
+    if not to.is_terminal:
+        to.print(str(report))
+        return
+    story = tell(report, min(to.width, WIDEST))
+    good = report.fused == len(report.layers)
+    to.print(Text(story.headline, style="bold green" if good else "bold yellow"))
+    for grid, lines in ((story.layers, story.legend), (story.passes, ()), (None, story.remarks)):
+        if grid or lines:
+            to.print()
+        if grid:
+            print_grid(to, grid)
+        print_lines(to, lines, style="dim")
+
+
+def print_grid(to: Console, grid: Grid) -> None:
+    """A table: titles in bold, first column in cyan, rows that want the eye in yellow."""
+    to.print(Text(GAP.join(grid.titles).rstrip(), style="bold underline" if to.is_terminal else ""))
+    for row in grid.rows:
+        to.print(_painted(grid, row))
+        print_lines(to, row.below, style="yellow")
+
+
+def print_lines(to: Console, lines: Iterable[str], style: str = "") -> None:
+    """Each line on its own, in one style."""
+    for line in lines:
+        to.print(Text(line, style=style))
+
+
+def _painted(grid: Grid, row: Row) -> Text:
+    first, *others = grid.padded(row)
+    painted = Text(first, style="yellow" if row.alert else "cyan")
+    for cell in others:
+        painted.append(GAP + cell)
+    painted.rstrip()
+    return painted

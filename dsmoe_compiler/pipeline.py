@@ -1,0 +1,102 @@
+"""The passes in execution order, each one's work checked before the next begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+
+from dsmoe_compiler.ir.errors import DsmoeError, Refusal
+from dsmoe_compiler.ir.graph import ProgramGraph, erase_dead
+from dsmoe_compiler.ir.passes import LayerFacts, Pass, PassLog, Replacement
+from dsmoe_compiler.passes.fuse_router import FuseRouter
+from dsmoe_compiler.passes.fuse_shared_experts import FuseSharedExperts
+from dsmoe_compiler.passes.lift_experts import LiftExperts
+from dsmoe_compiler.passes.normalize import Normalize
+from dsmoe_compiler.report.report import LayerReport, PassReport
+from dsmoe_compiler.validate import Verdict, validate
+
+Verify = Literal["numeric", "off"]
+Progress = Callable[[str], None]
+
+DEFAULT: tuple[Pass, ...] = (Normalize(), LiftExperts(), FuseRouter(), FuseSharedExperts())
+
+
+class PassFailed(DsmoeError):
+    """A pass raised or left an ill-formed graph: a bug, with the pass named."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pipeline found and did."""
+
+    layers: tuple[LayerReport, ...]
+    passes: tuple[PassReport, ...]
+    remarks: tuple[str, ...]
+
+
+def run(graph: ProgramGraph, passes: Sequence[Pass], verify: Verify, progress: Progress | None = None) -> Outcome:
+    """Run the passes over the graph, in place. Raises PassFailed naming the pass when one breaks."""
+    check = verify == "numeric" and not graph.on_meta()
+    log, reports = PassLog(), list[PassReport]()
+    for step in passes:
+        if progress:
+            progress(step.name)
+        reports.append(_run_one(graph, step, log, check))
+    layers = sorted(log.layers.values(), key=lambda f: f.order)
+    return Outcome(tuple(_layer_report(f) for f in layers), tuple(reports), tuple(log.remarks))
+
+
+def _run_one(graph: ProgramGraph, step: Pass, log: PassLog, check: bool) -> PassReport:
+    start, before, known = time.perf_counter(), len(graph.nodes), dict(log.layers)
+    log.replacements.clear()
+    try:
+        changed = step.run(graph, log)
+        verdicts = [_checked(graph, step, log, change, known) for change in log.replacements] if check else []
+        erase_dead(graph.graph)
+        graph.graph.lint()
+        graph.exported.graph_module.recompile()
+    except DsmoeError:
+        raise
+    except Exception as e:
+        raise PassFailed(f"pass {step.name} failed: {type(e).__name__}: {e}") from e
+    errors = [v.error for v in verdicts if v.passed]
+    error = max(errors) if errors else None
+    return PassReport(step.name, time.perf_counter() - start, before, len(graph.nodes), changed, error)
+
+
+def _checked(
+    graph: ProgramGraph, step: Pass, log: PassLog, change: Replacement, known: dict[str, LayerFacts]
+) -> Verdict:
+    """Check one replacement; one that fails is taken back and its layer says so."""
+    verdict = validate(graph, change)
+    if not verdict.passed:
+        change.new.replace_all_uses_with(change.old)
+        refusal = _refusal(step, change, verdict)
+        facts, earlier = log.layers[change.layer], known.get(change.layer)
+        if earlier is not None and earlier.spec is not None:
+            log.layer(replace(earlier, remarks=(*earlier.remarks, str(refusal))))
+        else:
+            log.layer(replace(facts, spec=None, op="", refusal=replace(refusal, source=facts.source)))
+    return verdict
+
+
+def _refusal(step: Pass, change: Replacement, verdict: Verdict) -> Refusal:
+    if verdict.has_nan:
+        return Refusal("R305", "its weights hold NaN, so no rewrite can be checked", change.old.name)
+    because = (
+        f"pass {step.name} changed the answer: relative error {verdict.error:.1e}, "
+        f"{verdict.allowed:.1e} is what rounding explains"
+    )
+    return Refusal(change.refused, because, change.old.name)
+
+
+def _layer_report(facts: LayerFacts) -> LayerReport:
+    return LayerReport(
+        facts.name, facts.idiom, facts.fused, facts.spec, facts.refusal, facts.source, facts.remarks
+    )
+
+

@@ -1,0 +1,1 @@
+"""What the compiler found, did and declined: facts, their JSON, their text."""

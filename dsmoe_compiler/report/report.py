@@ -1,0 +1,99 @@
+"""The answer to "what happened to my model": one record a layer, one a pass.
+
+A report is plain data: it survives JSON, so a loaded program tells the same story as the compile that made it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dsmoe_compiler.ir.errors import Refusal
+from dsmoe_compiler.ir.spec import MoESpec, parse
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One Mixture-of-Experts layer, in execution order.
+
+    `name` is the module path, `idiom` the spelling it was found in, `source` the model's own "file.py:123". `fused` is
+    true when the experts became one op; `spec` then says what it is, with `spec.router` None where the router stayed
+    as written (`remarks` says why). Otherwise `refusal` says why not.
+    """
+
+    name: str
+    idiom: str
+    fused: bool
+    spec: MoESpec | None
+    refusal: Refusal | None
+    source: str
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One pass: seconds it took, nodes before and after, whether it changed anything.
+
+    `max_error` is the largest relative error its replacements showed in validation, None if nothing was validated.
+    """
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    changed: bool
+    max_error: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole story of one compile or inspection.
+
+    `model` is the class or function name, `capture` how the graph was obtained, `backend` what runs the layers (None
+    for an inspection), `program_error` the largest relative error of the whole program against the model on the
+    example inputs (None if not checked).
+    """
+
+    model: str
+    capture: str
+    layers: tuple[LayerReport, ...]
+    passes: tuple[PassReport, ...]
+    backend: str | None = None
+    program_error: float | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def fused(self) -> int:
+        """How many layers were fused."""
+        return sum(layer.fused for layer in self.layers)
+
+    def __str__(self) -> str:
+        from dsmoe_compiler.report.text import render
+
+        return render(self)
+
+    def to_json(self) -> str:
+        """The report as JSON; specs by their canonical line."""
+        record = asdict(self)
+        for layer, entry in zip(self.layers, record["layers"], strict=True):
+            entry["spec"] = layer.spec.text if layer.spec else None
+        return json.dumps(record, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError on anything else."""
+        record: dict[str, Any] = json.loads(text)
+        layers = tuple(
+            LayerReport(
+                **{
+                    **entry,
+                    "spec": parse(entry["spec"], MoESpec) if entry["spec"] else None,
+                    "refusal": Refusal(**entry["refusal"]) if entry["refusal"] else None,
+                    "remarks": tuple(entry["remarks"]),
+                }
+            )
+            for entry in record["layers"]
+        )
+        passes = tuple(PassReport(**entry) for entry in record["passes"])
+        return Report(**{**record, "layers": layers, "passes": passes, "remarks": tuple(record["remarks"])})

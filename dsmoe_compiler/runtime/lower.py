@@ -1,0 +1,54 @@
+"""Which backend runs a program's fused layers, and the program's runnable form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from dsmoe_compiler.ir import ops
+from dsmoe_compiler.ir.errors import InputError
+from dsmoe_compiler.runtime.cpu import CpuExperts, CpuMoE, CpuRoute
+
+Backend = Literal["auto", "cpu", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "reference")
+
+_CPU: dict[torch._ops.OpOverload, Callable[[str], nn.Module]] = {
+    ops.MOE: CpuMoE,
+    ops.EXPERTS: CpuExperts,
+    ops.ROUTE: CpuRoute,
+}
+
+
+def choose(backend: str, exported: ExportedProgram) -> Backend:
+    """The backend that "auto" means for this program. Raises InputError when the one asked for cannot run it."""
+    devices = {t.device.type for t in exported.state_dict.values() if isinstance(t, Tensor)}
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "cpu" and devices - {"cpu"}:
+        raise InputError(f"backend 'cpu' cannot run a model on {', '.join(sorted(devices))}: move it to the CPU first")
+    if backend == "auto":
+        return "cpu" if not devices - {"cpu"} else "reference"
+    return backend  # type: ignore[return-value]
+
+
+def lower(exported: ExportedProgram, backend: Backend) -> GraphModule:
+    """The program as a module: its own graph, the model's own tensors, the fused ops run by `backend`."""
+    module = exported.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    module._forward_pre_hooks.clear()  # the caller has checked the inputs, with messages a user can read
+    if backend == "cpu":
+        for i, node in enumerate([n for n in module.graph.nodes if n.target in _CPU]):
+            *operands, spec = node.args
+            name = f"dsmoe_{i}"
+            module.add_submodule(name, _CPU[node.target](spec))
+            with module.graph.inserting_before(node):
+                lowered = module.graph.call_module(name, tuple(operands))
+            node.replace_all_uses_with(lowered)
+            module.graph.erase_node(node)
+        module.recompile()
+    return module

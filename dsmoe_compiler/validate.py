@@ -1,0 +1,188 @@
+"""Translation validation: the value a pass put in, against the value it took out, on numbers.
+
+A replacement is checked where it happened: the part of the graph between its inputs and the two values runs on a few
+dozen tokens with the layer's own weights, under several routings (random, everything on a few experts, half of the
+experts empty). Sizes that vary get small numbers; nothing outside the layer runs.
+
+How far apart two right answers may be, relative to the largest number of the old one:
+
+- both sides round the same intermediates to the layer's dtype; each of the at most 8 roundings may fall on the other
+  side after another order of summation: 8·eps(dtype);
+- sums of n products, accumulated in fp32 in two orders, differ by about sqrt(n)·eps(fp32); 8 of that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from dsmoe_compiler.ir import ops
+from dsmoe_compiler.ir.graph import ProgramGraph, is_tensor, shape
+from dsmoe_compiler.ir.passes import Replacement
+from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse
+
+# Sizes tried for the varying dimensions, most tokens first, until the largest intermediate fits the budget.
+_SIZES = ((3, 11, 2, 5), (2, 7, 2, 3), (2, 3, 2, 2), (1, 2, 1, 1))
+_BUDGET = 2**25  # numbers in the largest intermediate: 128 MB of fp32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest relative error seen, what was allowed, and whether the layer's weights hold NaN."""
+
+    error: float
+    allowed: float
+    has_nan: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return not self.has_nan and self.error <= self.allowed
+
+
+def validate(graph: ProgramGraph, change: Replacement, seed: int = 0) -> Verdict:
+    """Run both values of a replacement on the same inputs and compare."""
+    region = _between(change.inputs, (change.old, change.new))
+    params = [n for n in region if graph.parameter(n) is not None]
+    if any(_holds_nan(graph.tensor(p)) for p in params):
+        return Verdict(math.nan, 0.0, has_nan=True)
+    sizes = _choose_sizes(region)
+    allowed = tolerance(change.old.meta["val"].dtype, max(_contraction(graph, p) for p in params) if params else 1)
+    generator = torch.Generator().manual_seed(seed)
+    worst = 0.0
+    with torch.no_grad():
+        for inputs in _routings(change, sizes, generator):
+            values = dict(inputs) | {p: graph.tensor(p) for p in params}
+            old, new = (_run(region, result, dict(values), sizes) for result in (change.old, change.new))
+            worst = max(worst, relative_error(new, old))
+    return Verdict(worst, allowed)
+
+
+def tolerance(dtype: torch.dtype, products: int) -> float:
+    """The relative difference that rounding alone explains, for sums of `products` products."""
+    accumulation = 8 * math.sqrt(products) * torch.finfo(torch.float32).eps
+    return max(8 * torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0, accumulation)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max|actual − expected| / max|expected|; inf where shapes, dtypes or NaNs differ."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return math.inf
+    if not expected.numel():
+        return 0.0
+    a, b = actual.double(), expected.double()
+    if not torch.equal(a.isnan(), b.isnan()):
+        return math.inf
+    difference = (a - b).abs().nan_to_num(0.0, posinf=math.inf).max().item()
+    scale = b.abs().nan_to_num(0.0).max().item()
+    return difference / scale if scale else (0.0 if difference == 0 else math.inf)
+
+
+def _between(inputs: tuple[Node, ...], results: tuple[Node, ...]) -> list[Node]:
+    """The nodes that compute the results from the inputs, in execution order; both ends included."""
+    needed, stack = set[Node](), list(results)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            if node not in inputs and not _is_size(node):
+                stack.extend(node.all_input_nodes)
+    return [n for n in results[0].graph.nodes if n in needed]
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+def _choose_sizes(region: list[Node]) -> dict[sympy.Expr, sympy.Expr]:
+    symbols = list(dict.fromkeys(s for n in region for size in _sizes_of(n) for s in _symbols(size)))
+    for sizes in _SIZES:
+        chosen = {s: sympy.Integer(sizes[i % len(sizes)]) for i, s in enumerate(symbols)}
+        if max((_numel(n, chosen) for n in region if n.op == "call_function"), default=0) <= _BUDGET:
+            break
+    return chosen
+
+
+def _sizes_of(node: Node) -> tuple[Any, ...]:
+    return shape(node) if is_tensor(node) else (node.meta["val"],) if _is_size(node) else ()
+
+
+def _symbols(size: int | torch.SymInt) -> list[sympy.Expr]:
+    return sorted(size.node.expr.free_symbols, key=str) if isinstance(size, torch.SymInt) else []
+
+
+def _numel(node: Node, sizes: Mapping[sympy.Expr, sympy.Expr]) -> int:
+    return math.prod(_number(s, sizes) for s in shape(node)) if is_tensor(node) else 0
+
+
+def _number(size: int | torch.SymInt, sizes: Mapping[sympy.Expr, sympy.Expr]) -> int:
+    return int(size.node.expr.xreplace(dict(sizes))) if isinstance(size, torch.SymInt) else size
+
+
+def _routings(
+    change: Replacement, sizes: Mapping[sympy.Expr, sympy.Expr], generator: torch.Generator
+) -> Iterator[dict[Node, Tensor]]:
+    """Inputs under several routings; where the ids are computed from x, x itself is what varies."""
+    experts = _experts(change.new)
+    for kind in ("random", "skewed", "half empty"):
+        inputs: dict[Node, Tensor] = {}
+        for node in change.inputs:
+            example = node.meta["val"]
+            dims = [_number(s, sizes) for s in example.shape]
+            if example.is_floating_point():
+                made = torch.randn(dims, generator=generator)
+                if kind == "skewed" and len(change.inputs) == 1:
+                    made = made[:1] + 0.05 * made
+            else:
+                made = _ids(kind, dims, experts, generator)
+            inputs[node] = made.to(example.dtype).to(example.device)
+        yield inputs
+
+
+def _ids(kind: str, dims: list[int], experts: int, generator: torch.Generator) -> Tensor:
+    """(T, K) ids, distinct within a token."""
+    tokens, slots = dims
+    available = experts if kind == "random" else max(slots, 1 if kind == "skewed" else experts // 2)
+    ranks = torch.rand(tokens, min(available, experts), generator=generator).argsort(-1)
+    return ranks[:, :slots]
+
+
+def _experts(new: Node) -> int:
+    node = new
+    while node.target not in (ops.EXPERTS, ops.MOE):
+        below = node.args[0]
+        assert isinstance(below, Node), f"{new} holds no fused op"
+        node = below
+    text = str(node.args[-1])
+    return (parse(text, ExpertsSpec) if node.target is ops.EXPERTS else parse(text, MoESpec).experts).count
+
+
+def _run(region: list[Node], result: Node, values: dict[Node, Any], sizes: Mapping[sympy.Expr, sympy.Expr]) -> Tensor:
+    wanted = set(_between(tuple(values), (result,)))
+    for node in region:
+        if node not in wanted or node in values:
+            continue
+        if _is_size(node):
+            values[node] = _number(node.meta["val"], sizes)
+        else:
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    found = values[result]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _contraction(graph: ProgramGraph, parameter: Node) -> int:
+    return max(graph.tensor(parameter).shape[1:], default=1)
+
+
+def _holds_nan(tensor: Tensor) -> bool:
+    # One read at memory speed tells of most tensors that they hold none.
+    return bool(tensor.is_floating_point() and tensor.sum().isnan() and tensor.isnan().any())

@@ -1,0 +1,325 @@
+"""Understand the router in front of each `dsmoe::experts`, and make both one `dsmoe::moe`.
+
+Read backwards from the ids and the weights. Every stage is optional but the scores and the top-k:
+
+    weights <- cast <- scale <- divide by the sum <- the selected scores
+    ids     <- top-k <- keep the best groups <- add the selection bias <- scores
+    scores  <- softmax or sigmoid <- cast <- logits = x · Wᵀ + b
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch.fx import Node
+
+from dsmoe_compiler.ir import ops
+from dsmoe_compiler.ir.graph import (
+    CASTS,
+    ProgramGraph,
+    aten,
+    dtype,
+    is_tensor,
+    same_size,
+    shape,
+    source,
+    through,
+)
+from dsmoe_compiler.ir.passes import PassLog, Replacement
+from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, RouterSpec, parse
+from dsmoe_compiler.passes.lift.state import argument, operator_name
+from dsmoe_compiler.passes.region import RESHAPES, same_rows
+
+
+class _Unknown(Exception):
+    """The router is not of a known form: a code, a sentence, the node."""
+
+    def __init__(self, code: str, because: str, node: Node) -> None:
+        super().__init__(because)
+        self.code, self.because, self.node = code, because, node
+
+
+@dataclass(frozen=True)
+class FuseRouter:
+    """A router of known form moves into the op; any other stays in the graph as it was.
+
+    before:
+        %logits = linear(%x, @gate)
+        %w, %ids = topk(softmax(%logits, -1), 2)
+        %y = dsmoe.experts(%x, %ids, %w, […], "experts(…)")
+    after:
+        %y = dsmoe.moe(%x, [@gate], […], [], "moe(…, router=router(…))")
+    """
+
+    name: ClassVar[str] = "fuse_router"
+
+    def run(self, graph: ProgramGraph, log: PassLog) -> bool:
+        """Returns whether any router was fused; a remark says why each other one was not."""
+        changed = False
+        for node in [n for n in graph.nodes if n.target is ops.EXPERTS]:
+            facts = next((f for f in log.layers.values() if f.op == node.name), None)
+            try:
+                new, spec, inputs = _fused(graph, node)
+            except _Unknown as e:
+                where = source(e.node, facts.name if facts else "")
+                log.remark(f"{facts.name if facts else node.name}: router as written ({e.code}: {e.because}; {where})")
+                continue
+            name = facts.name if facts else node.name
+            log.replace(Replacement(name, node, new, inputs, "R203"))
+            if facts:
+                log.layer(replace(facts, spec=spec, op=new.name))
+            changed = True
+        return changed
+
+
+def _fused(graph: ProgramGraph, node: Node) -> tuple[Node, MoESpec, tuple[Node, ...]]:
+    x, ids, weights, params, text = node.args
+    assert isinstance(x, Node) and isinstance(ids, Node) and isinstance(weights, Node)
+    found = _Reading(graph, x).read(ids, weights)
+    experts = parse(str(text), ExpertsSpec)
+    spec = MoESpec(found.spec.top_k, experts, found.spec)
+    if not same_size(shape(found.weight)[0], experts.count):
+        raise _Unknown("R201", "the router scores another number of experts than there are", node)
+    router = [t for t in (found.weight, found.bias, found.selection_bias) if t is not None]
+    with graph.graph.inserting_before(node):
+        new = graph.graph.call_function(ops.MOE, (x, router, params, [], spec.text))
+        new.meta = dict(node.meta)
+    return new, spec, (x,)
+
+
+@dataclass(frozen=True)
+class _Router:
+    spec: RouterSpec
+    weight: Node
+    bias: Node | None
+    selection_bias: Node | None
+
+
+@dataclass
+class _Reading:
+    """One router, read from its ids and weights back to x."""
+
+    graph: ProgramGraph
+    x: Node
+
+    def read(self, ids: Node, weights: Node) -> _Router:
+        """Raises _Unknown at the first value that is not of known form."""
+        top, k = self._top_k(ids)
+        ranked = _node(top.args[0])
+        weights, weight_dtype = self._uncast(weights)
+        weights, scale = self._unscale(weights)
+        weights, renormalize, epsilon = self._unnormalized(weights)
+        if weights.target in (aten.softmax.int, aten.sigmoid.default, aten._softmax.default):
+            return self._after_top_k(weights, top, ranked, k, scale, renormalize, epsilon, weight_dtype)
+        scores = self._selected_scores(weights, ids, top)
+        ranked, groups = self._ungroup(ranked, scores)
+        ranked, bias = self._unbias(ranked, scores)
+        if through(ranked, RESHAPES) is not through(scores, RESHAPES):
+            raise _Unknown("R201", "top-k ranks other values than the scores that weigh", ranked)
+        kind, logits, score_dtype = self._scored(scores)
+        weight, logits_bias, logits_dtype = self._logits(logits)
+        spec = RouterSpec(
+            k,
+            kind,
+            "scores",
+            renormalize,
+            epsilon,
+            scale,
+            logits_bias is not None,
+            bias is not None,
+            logits_dtype=logits_dtype,
+            score_dtype=score_dtype,
+            weight_dtype=weight_dtype,
+            **groups,
+        )
+        return _Router(spec, weight, logits_bias, bias)
+
+    def _after_top_k(
+        self,
+        scores: Node,
+        top: Node,
+        ranked: Node,
+        k: int,
+        scale: float,
+        renormalize: bool,
+        epsilon: float,
+        weight_dtype: str | None,
+    ) -> _Router:
+        kind, selected, score_dtype = self._scored(scores)
+        if not _is_part(selected, top, 0):
+            raise _Unknown("R201", "the scores after top-k are not those of the selected logits", selected)
+        weight, bias, logits_dtype = self._logits(ranked)
+        spec = RouterSpec(
+            k,
+            kind,
+            "logits",
+            renormalize,
+            epsilon,
+            scale,
+            bias is not None,
+            logits_dtype=logits_dtype,
+            score_dtype=score_dtype,
+            weight_dtype=weight_dtype,
+        )
+        return _Router(spec, weight, bias, None)
+
+    def _top_k(self, ids: Node) -> tuple[Node, int]:
+        picked = through(ids, RESHAPES, CASTS)
+        top = picked.args[0] if picked.args else None
+        if not isinstance(top, Node) or top.target is not aten.topk.default or picked.args[1] != 1:
+            raise _Unknown("R201", f"the ids come from {picked.target}, not from a top-k", picked)
+        last = len(shape(_node(top.args[0]))) - 1
+        if argument(top, "dim") % (last + 1) != last or not argument(top, "largest"):
+            raise _Unknown("R201", "top-k does not take the largest along the experts", top)
+        return top, int(argument(top, "k"))
+
+    def _uncast(self, node: Node) -> tuple[Node, str | None]:
+        node = through(node, RESHAPES)
+        if node.target not in CASTS:
+            return node, None
+        return through(_node(node.args[0]), RESHAPES), str(dtype(node)).removeprefix("torch.")
+
+    def _unscale(self, node: Node) -> tuple[Node, float]:
+        if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+            for a, b in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
+                if isinstance(a, Node) and isinstance(b, (int, float)):
+                    return through(a, RESHAPES), float(b)
+        return node, 1.0
+
+    def _unnormalized(self, node: Node) -> tuple[Node, bool, float]:
+        """weights / (weights.sum(-1, keepdim) + epsilon)."""
+        if node.target is not aten.div.Tensor or argument(node, "rounding_mode"):
+            return node, False, 0.0
+        selected, total = node.args[0], node.args[1]
+        epsilon = 0.0
+        if isinstance(total, Node) and total.target in (aten.add.Tensor, aten.add.Scalar):
+            if not isinstance(total.args[1], (int, float)) or argument(total, "alpha") != 1:
+                raise _Unknown("R201", "the weights' denominator is not their sum plus a number", total)
+            epsilon, total = float(total.args[1]), total.args[0]
+        is_sum = isinstance(total, Node) and total.target is aten.sum.dim_IntList
+        if not isinstance(selected, Node) or not isinstance(total, Node) or not is_sum or total.args[0] is not selected:
+            raise _Unknown("R201", "the weights are divided by something that is not their own sum", node)
+        last = len(shape(selected)) - 1
+        along_k = [d % (last + 1) for d in argument(total, "dim")] == [last] and argument(total, "keepdim")
+        if not along_k or argument(total, "dtype") is not None:
+            raise _Unknown("R201", "the weights' sum is not taken over the selected experts", total)
+        return through(selected, RESHAPES), True, epsilon
+
+    def _selected_scores(self, weights: Node, ids: Node, top: Node) -> Node:
+        """The (T, E) scores of which `weights` are the selected ones: top-k's values, or a gather at its ids."""
+        if _is_part(weights, top, 0):
+            return _node(top.args[0])
+        if weights.target is aten.gather.default:
+            at = through(_node(weights.args[2]), RESHAPES, CASTS)
+            last = len(shape(weights)) - 1
+            if at is through(ids, RESHAPES, CASTS) and argument(weights, "dim") % (last + 1) == last:
+                return _node(weights.args[0])
+        raise _Unknown("R201", f"the weights come from {weights.target}, not from the selected scores", weights)
+
+    def _ungroup(self, ranked: Node, scores: Node) -> tuple[Node, dict[str, object]]:
+        """masked_fill(ranked, outside the best groups, fill), the groups ranked by their best or two best scores."""
+        ranked = through(ranked, RESHAPES)
+        if ranked is through(scores, RESHAPES) or ranked.target is not aten.masked_fill.Scalar:
+            return ranked, {}
+        inner, mask, fill = through(_node(ranked.args[0]), RESHAPES), ranked.args[1], ranked.args[2]
+        groups, top_groups, kind, grouped = self._kept_groups(_node(mask))
+        if through(grouped, RESHAPES) is not inner:
+            raise _Unknown("R201", "groups are ranked by other scores than the experts", grouped)
+        assert isinstance(fill, (int, float))
+        return inner, {"groups": groups, "top_groups": top_groups, "group_score": kind, "group_fill": float(fill)}
+
+    def _kept_groups(self, mask: Node) -> tuple[int, int, str, Node]:
+        """~(zeros.scatter(1, best groups, 1) widened to the experts) -> G, kept, how groups are scored, of what."""
+        kept = through(mask, RESHAPES, CASTS)
+        if kept.target not in (aten.bitwise_not.default, aten.logical_not.default):
+            raise _Unknown("R201", "the mask over groups is not the complement of the groups kept", kept)
+        widened = _node(kept.args[0])
+        while widened.target in RESHAPES | CASTS | {aten.unsqueeze.default, aten.expand.default}:
+            widened = _node(widened.args[0])
+        zeros = widened.args[0] if widened.args else None
+        if widened.target is not aten.scatter.value or operator_name(_node(zeros)) not in _ZEROS or widened.args[3] != 1:
+            raise _Unknown("R201", "the groups kept are not marked by a scatter of ones onto zeros", widened)
+        top, top_groups = self._top_k(_node(widened.args[2]))
+        best = through(_node(top.args[0]), RESHAPES)
+        groups = shape(widened)[-1]
+        assert isinstance(groups, int)
+        return groups, top_groups, *self._group_scores(best)
+
+    def _group_scores(self, best: Node) -> tuple[str, Node]:
+        if best.target is aten.sum.dim_IntList:
+            two = through(_node(best.args[0]), RESHAPES)
+            top = two.args[0] if two.args else None
+            if isinstance(top, Node) and top.target is aten.topk.default and top.args[1] == 2 and two.args[1] == 0:
+                return "top2", _node(top.args[0])
+        if best.target is aten.amax.default:
+            return "max", _node(best.args[0])
+        if operator_name(best) == "getitem" and best.args[1] == 0:
+            largest = _node(best.args[0])
+            if largest.target is aten.max.dim:
+                return "max", _node(largest.args[0])
+        raise _Unknown("R201", f"groups are scored by {best.target}, which is not known", best)
+
+    def _unbias(self, ranked: Node, scores: Node) -> tuple[Node, Node | None]:
+        """scores + a parameter (E,) that selects and does not weigh."""
+        if ranked is through(scores, RESHAPES) or ranked.target is not aten.add.Tensor:
+            return ranked, None
+        for a, b in ((ranked.args[0], ranked.args[1]), (ranked.args[1], ranked.args[0])):
+            bias = through(_node(b), RESHAPES, frozenset({aten.unsqueeze.default}))
+            if self.graph.parameter(bias) is not None and len(shape(bias)) == 1:
+                return through(_node(a), RESHAPES), bias
+        raise _Unknown("R201", "the scores are shifted by something that is no parameter over the experts", ranked)
+
+    def _scored(self, scores: Node) -> tuple[Literal["softmax", "sigmoid"], Node, str | None]:
+        """(kind, the value scored, the dtype of the scores if it was changed for them)."""
+        scores = through(scores, RESHAPES)
+        name = operator_name(scores)
+        if name not in ("aten::softmax", "aten::_softmax", "aten::sigmoid"):
+            raise _Unknown("R201", f"the scores come from {scores.target}, neither softmax nor sigmoid", scores)
+        below = through(_node(scores.args[0]), RESHAPES)
+        if name != "aten::sigmoid" and argument(scores, "dim") % len(shape(scores)) != len(shape(scores)) - 1:
+            raise _Unknown("R201", "softmax is not taken over the experts", scores)
+        cast = str(dtype(scores)).removeprefix("torch.") if dtype(scores) != dtype(below) else None
+        if below.target in CASTS:
+            cast, below = str(dtype(below)).removeprefix("torch."), through(_node(below.args[0]), RESHAPES)
+        return ("sigmoid" if name == "aten::sigmoid" else "softmax"), below, cast
+
+    def _logits(self, logits: Node) -> tuple[Node, Node | None, str | None]:
+        """(weight (E, D), bias, the dtype x and weight were cast to) of logits = linear(x, weight, bias)."""
+        logits = through(logits, RESHAPES)
+        if logits.target is not aten.linear.default:
+            raise _Unknown("R201", f"the logits come from {logits.target}, not from a linear layer", logits)
+        bias = argument(logits, "bias")
+        operands = [self._cast_operand(_node(a)) for a in (logits.args[0], logits.args[1], bias) if a is not None]
+        casts = {cast for _, cast in operands}
+        if len(casts) != 1:
+            raise _Unknown("R201", "the logits' operands are cast to different types", logits)
+        x, weight, *rest = (node for node, _ in operands)
+        if not same_rows(x, self.x):
+            raise _Unknown("R202", "the router reads another tensor than the experts", logits)
+        if any(self.graph.parameter(t) is None for t in (weight, *rest)):
+            raise _Unknown("R201", "the router's weight is computed, not a parameter", logits)
+        return weight, (rest[0] if rest else None), casts.pop()
+
+    def _cast_operand(self, node: Node) -> tuple[Node, str | None]:
+        if same_rows(node, self.x):
+            return node, None
+        if node.target in CASTS:
+            return _node(node.args[0]), str(dtype(node)).removeprefix("torch.")
+        below = through(node, RESHAPES)
+        if below.target in CASTS and is_tensor(below):
+            return _node(below.args[0]), str(dtype(below)).removeprefix("torch.")
+        return node, None
+
+
+_ZEROS = ("aten::zeros_like", "aten::zeros", "aten::new_zeros")
+
+
+def _node(argument: object) -> Node:
+    assert isinstance(argument, Node), argument
+    return argument
+
+
+def _is_part(node: Node, of: Node, index: int) -> bool:
+    node = through(node, RESHAPES)
+    return operator_name(node) == "getitem" and node.args[0] is of and node.args[1] == index
