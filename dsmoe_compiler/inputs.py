@@ -93,6 +93,25 @@ class Inputs:
                     found.setdefault(f"{leaf.name}[{dim}]", self._range(size))
         return found
 
+    def sizes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[sympy.Expr, int]:
+        """The number each symbolic size has in this call."""
+        leaves = pytree.tree_leaves(self.bind(args, kwargs))
+        return {
+            size: value.shape[dim]
+            for leaf, value in zip(self._leaves, leaves, strict=True)
+            for dim, size in enumerate(leaf.sizes or ())
+            if size.is_Symbol
+        }
+
+    def admits(self, symbol: sympy.Expr, size: int) -> bool:
+        """Whether a symbolic size may have this number."""
+        low, high = self._range(symbol)
+        return size >= low and (high is None or size <= high)
+
+    def leaf_sizes(self) -> list[tuple[sympy.Expr, ...] | None]:
+        """The captured sizes of every flat input, None for one that is no tensor."""
+        return [leaf.sizes for leaf in self._leaves]
+
     @cached_property
     def _spec(self) -> pytree.TreeSpec:
         assert self.exported.call_spec.in_spec is not None

@@ -9,10 +9,10 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.export import ExportedProgram
@@ -25,6 +25,7 @@ from dsmoe_compiler.runtime.lower import Backend, choose, lower
 
 _FORMAT = 1
 _RECORD = "dsmoe.json"
+_OVERHEAD = 1.01  # of the weights' size: past this the graph's text is worth a second writing
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Program:
         """The runnable form, its layers run by the backend."""
         return lower(self.exported, self.backend)
 
+    def with_report(self, report: Report) -> Program:
+        """The same program telling another story; what was lowered stays lowered."""
+        changed = replace(self, report=report)
+        changed.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("module", "inputs")})
+        return changed
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file, all or nothing. Raises InputError when the place cannot be written."""
         record = {
@@ -63,6 +70,8 @@ class Program:
         }
         with written_whole(Path(path)) as partial, without_traces(self.exported):
             torch.export.save(self.exported, partial, extra_files={_RECORD: json.dumps(record)})
+            if partial.seek(0, os.SEEK_END) > _OVERHEAD * weights_size(self.exported):
+                _compress_texts(partial)
 
 
 def load(path: str | os.PathLike[str], *, backend: str = "auto") -> Program:
@@ -95,7 +104,7 @@ def load(path: str | os.PathLike[str], *, backend: str = "auto") -> Program:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[io.BufferedWriter]:
+def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when it is complete. Raises InputError when it cannot be written."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a file name")
@@ -104,7 +113,7 @@ def written_whole(path: Path) -> Iterator[io.BufferedWriter]:
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror}); choose another place") from e
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             yield file
         os.replace(partial, path)
     except BaseException:
@@ -112,12 +121,26 @@ def written_whole(path: Path) -> Iterator[io.BufferedWriter]:
         raise
 
 
+def _compress_texts(file: BinaryIO) -> None:
+    """Rewrite an archive with its texts deflated; tensors stay as they are, readable in place."""
+    whole = io.BytesIO()
+    file.seek(0)
+    with zipfile.ZipFile(file) as stored, zipfile.ZipFile(whole, "w") as packed:
+        for entry in stored.infolist():
+            texts = entry.filename.endswith(".json")
+            kind = zipfile.ZIP_DEFLATED if texts else zipfile.ZIP_STORED
+            packed.writestr(entry.filename, stored.read(entry), compress_type=kind)
+    file.seek(0)
+    file.truncate()
+    file.write(whole.getbuffer())
+
+
 @contextmanager
 def without_traces(exported: ExportedProgram) -> Iterator[None]:
     """While open, the graph carries no stack traces: they name the user's folders and outweigh small models."""
     kept = []
     for node in exported.graph.nodes:
-        kept.append((node, {k: node.meta.pop(k) for k in ("stack_trace", "source_fn_stack") if k in node.meta}))
+        kept.append((node, {k: node.meta.pop(k) for k in ("stack_trace", "source_fn_stack", "torch_fn") if k in node.meta}))
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from dsmoe_compiler.ir import ops
+from dsmoe_compiler.ir import decompose, ops
 from dsmoe_compiler.ir.graph import ProgramGraph, is_tensor, shape
 from dsmoe_compiler.ir.passes import Replacement
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse
@@ -102,12 +102,25 @@ def _is_size(node: Node) -> bool:
 
 
 def _choose_sizes(region: list[Node]) -> dict[sympy.Expr, sympy.Expr]:
+    """The largest of the small sizes whose intermediates fit the budget, gathered weights of fused ops included."""
     symbols = list(dict.fromkeys(s for n in region for size in _sizes_of(n) for s in _symbols(size)))
-    for sizes in _SIZES:
-        chosen = {s: sympy.Integer(sizes[i % len(sizes)]) for i, s in enumerate(symbols)}
-        if max((_numel(n, chosen) for n in region if n.op == "call_function"), default=0) <= _BUDGET:
-            break
-    return chosen
+    candidates = [{s: sympy.Integer(sizes[i % len(sizes)]) for i, s in enumerate(symbols)} for sizes in _SIZES]
+    calls = [n for n in region if n.op == "call_function"]
+    fitting = [c for c in candidates if max((_numel(n, c) for n in calls), default=0) <= _BUDGET]
+    gathering = [c for c in fitting if max((_gathered(n, c) for n in calls), default=0) <= _BUDGET]
+    return (gathering or fitting or candidates[-1:])[0]
+
+
+def _gathered(node: Node, sizes: Mapping[sympy.Expr, sympy.Expr]) -> int:
+    """How many numbers a fused op's weights have when each pair gathers its expert's; 0 for other nodes."""
+    if node.target not in (ops.EXPERTS, ops.MOE):
+        return 0
+    x, params, text = node.args[0], node.args[3 if node.target is ops.EXPERTS else 2], str(node.args[-1])
+    assert isinstance(x, Node) and isinstance(params, (list, tuple))
+    slots = shape(node.args[1])[1] if node.target is ops.EXPERTS else parse(text, MoESpec).top_k  # type: ignore[arg-type]
+    tensors = [p for p in params if isinstance(p, Node)]
+    widest = max(math.prod(_number(s, sizes) for s in shape(p)[1:]) for p in tensors)
+    return _number(shape(x)[0], sizes) * _number(slots, sizes) * widest
 
 
 def _sizes_of(node: Node) -> tuple[Any, ...]:
@@ -173,7 +186,8 @@ def _run(region: list[Node], result: Node, values: dict[Node, Any], sizes: Mappi
             values[node] = _number(node.meta["val"], sizes)
         else:
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            run = decompose.DECOMPOSITIONS[node.target] if 0 < _gathered(node, sizes) <= _BUDGET else node.target
+            values[node] = run(*args, **kwargs)  # type: ignore[operator, index]
     found = values[result]
     assert isinstance(found, Tensor)
     return found

@@ -29,7 +29,7 @@ from dsmoe_compiler.ir.graph import (
 from dsmoe_compiler.ir.passes import PassLog, Replacement
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, RouterSpec, parse
 from dsmoe_compiler.passes.lift.state import argument, operator_name
-from dsmoe_compiler.passes.region import RESHAPES, same_rows
+from dsmoe_compiler.passes.region import RESHAPES, row_base, same_rows
 
 
 class _Unknown(Exception):
@@ -85,7 +85,7 @@ def _fused(graph: ProgramGraph, node: Node) -> tuple[Node, MoESpec, tuple[Node, 
     with graph.graph.inserting_before(node):
         new = graph.graph.call_function(ops.MOE, (x, router, params, [], spec.text))
         new.meta = dict(node.meta)
-    return new, spec, (x,)
+    return new, spec, (row_base(x),)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dsmoe_compiler.ir.graph import ProgramGraph, aten, dtype, shape
 from dsmoe_compiler.ir.passes import PassLog, Replacement
 from dsmoe_compiler.ir.spec import MoESpec, SharedSpec, parse
 from dsmoe_compiler.passes.lift.state import argument
-from dsmoe_compiler.passes.region import RESHAPES, row_body
+from dsmoe_compiler.passes.region import RESHAPES, row_base, row_body
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FuseSharedExperts:
                 if add.meta["val"].dim() != 2:
                     out = graph.graph.call_function(aten.reshape.default, (new, _sizes(add, node)))
                     out.meta = dict(add.meta)
-            log.replace(Replacement(facts.name if facts else node.name, add, out, (x,), "R306"))
+            log.replace(Replacement(facts.name if facts else node.name, add, out, (row_base(x),), "R306"))
             if facts:
                 log.layer(replace(facts, spec=spec, op=new.name))
             changed = True

@@ -14,10 +14,11 @@ RESHAPES = VIEWS | COPIES
 
 def same_rows(a: Node, b: Node) -> bool:
     """Whether two values are views of one value that keep its rows: equal last dimension, equal order."""
-    return _row_base(a) is _row_base(b) and same_size(shape(a)[-1], shape(b)[-1])
+    return row_base(a) is row_base(b) and same_size(shape(a)[-1], shape(b)[-1])
 
 
-def _row_base(node: Node) -> Node:
+def row_base(node: Node) -> Node:
+    """The value under reshapes that keep the last dimension."""
     while node.op == "call_function" and node.target in RESHAPES:
         below = node.args[0]
         if not isinstance(below, Node) or not is_tensor(below) or not same_size(shape(below)[-1], shape(node)[-1]):

@@ -12,7 +12,7 @@ import click
 from dsmoe_compiler.cli.input_option import ExampleInput, input_option
 from dsmoe_compiler.cli.memory import require_disk
 from dsmoe_compiler.cli.model_argument import is_saved_program, resolve, weight_bytes
-from dsmoe_compiler.cli.output_file import require_writable, written_whole
+from dsmoe_compiler.cli.output_file import require_writable
 from dsmoe_compiler.cli.stages import Stages
 from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.report.report import Report
@@ -131,8 +131,7 @@ def _compile(
         progress=stage,
     )
     stage(f"write {output}")
-    with written_whole(output) as partial:
-        program.save(partial)
+    program.save(output)
     return Written(program.report, output, time.perf_counter() - start, call.notes)
 
 

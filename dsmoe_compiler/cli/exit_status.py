@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from dsmoe_compiler.ir.errors import DsmoeError, NotFused
+from dsmoe_compiler.ir.errors import CaptureError, DsmoeError, InputError, NotFused
 
 REFUSED, WRONG_INPUT, INTERNAL, INTERRUPTED = 1, 2, 70, 130
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
@@ -57,15 +57,15 @@ def _explain(error: Exception) -> tuple[int, str]:
     match error:
         case NotFused():
             return REFUSED, _one_line(error)
-        case DsmoeError():
+        case InputError() | CaptureError():
             return WRONG_INPUT, _one_line(error)
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else "dsmoe"
             return WRONG_INPUT, f"{' '.join(error.format_message().split())} Try '{path} --help'."
         case click.ClickException():
             return WRONG_INPUT, " ".join(error.format_message().split())
-    hint = "set DSMOE_DEBUG=1 for the traceback"
-    return INTERNAL, f"internal error: {type(error).__name__}: {_one_line(error)} ({hint})"
+    name = "" if isinstance(error, DsmoeError) else f"{type(error).__name__}: "
+    return INTERNAL, f"internal error: {name}{_one_line(error)} (set DSMOE_DEBUG=1 for the traceback)"
 
 
 def _one_line(error: Exception) -> str:

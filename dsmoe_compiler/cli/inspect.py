@@ -43,13 +43,13 @@ def inspect_model(text: str, inputs: tuple[ExampleInput, ...], as_json: bool) ->
 
 def _report(text: str, inputs: tuple[ExampleInput, ...], stage: Stages) -> tuple[Report, tuple[str, ...]]:
     stage("load torch")
-    from dsmoe_compiler import api
+    from dsmoe_compiler import api, program
 
     if is_saved_program(text):
         if inputs:
             raise click.UsageError("--input has no meaning for a .pt2 file: it is not captured again.")
         stage(f"load {text}")
-        return api.load(Path(text)).report, ()
+        return program.load(Path(text)).report, ()
     stage(f"build {text}")
     call = resolve(text, inputs, with_weights=False)
     return api.inspect(call.model, call.args, call.kwargs, progress=stage), call.notes

@@ -1,11 +1,8 @@
-"""A file that is there whole or not at all."""
+"""Whether a compiled program can be written where the user wants it, asked before the long work."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from dsmoe_compiler.ir.errors import InputError
@@ -23,14 +20,3 @@ def require_writable(path: Path) -> None:
             pass
     except OSError as e:
         raise InputError(f"cannot write {path}: {e.strerror} ({path.parent}); choose another folder") from e
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, moved there on success and removed on anything else."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from dsmoe_compiler.ir.errors import Refusal
 from dsmoe_compiler.ir.spec import MoESpec
@@ -12,6 +14,7 @@ from dsmoe_compiler.report.layer_names import collapse
 from dsmoe_compiler.report.report import LayerReport, PassReport, Report
 
 INDENT = "    "
+Cell: TypeAlias = Callable[[MoESpec], str]
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,17 @@ def _headline(report: Report) -> str:
 
 
 def _map(layers: tuple[LayerReport, ...], width: int) -> tuple[Grid, bool]:
-    """The map, and whether its specs had to be shortened."""
-    whole = _layer_grid(layers, width, short=False)
+    """The map with the longest cells that fit, and whether that meant shortening a spec."""
+    whole = _layer_grid(layers, width, _router, _experts)
     if whole.width <= width:
         return whole, False
-    return _layer_grid(layers, width, short=True), True
+    short_routers = _layer_grid(layers, width, _short_router, _experts)
+    if short_routers.width <= width:
+        return short_routers, True
+    return _layer_grid(layers, width, _short_router, _short_experts), True
 
 
-def _layer_grid(layers: tuple[LayerReport, ...], width: int, *, short: bool) -> Grid:
+def _layer_grid(layers: tuple[LayerReport, ...], width: int, router: Cell, experts: Cell) -> Grid:
     columns = [
         Column("layer"),
         Column("E", number=True),
@@ -70,7 +76,7 @@ def _layer_grid(layers: tuple[LayerReport, ...], width: int, *, short: bool) -> 
     varying = [fact for fact in ("idiom", "source") if not _same(layers, fact)]
     rows = (
         Row(
-            (layer.name, *_spec_cells(layer, short), *(getattr(layer, fact) for fact in varying)),
+            (layer.name, *_spec_cells(layer, router, experts), *(getattr(layer, fact) for fact in varying)),
             below=_refusal_lines(layer.refusal, width) if layer.refusal else (),
             alert=not layer.fused,
         )
@@ -79,23 +85,30 @@ def _layer_grid(layers: tuple[LayerReport, ...], width: int, *, short: bool) -> 
     return Grid((*columns, *(Column(fact) for fact in varying)), tuple(rows))
 
 
-def _spec_cells(layer: LayerReport, short: bool) -> tuple[str, str, str, str]:
+def _spec_cells(layer: LayerReport, router: Cell, experts: Cell) -> tuple[str, str, str, str]:
     spec = layer.spec
     if spec is None:
         return "", "as written", "as written", ""
-    return str(spec.experts.count), _router(spec, short), _experts(spec, short), _shared(spec)
+    return str(spec.experts.count), router(spec), experts(spec), _shared(spec)
 
 
-def _router(spec: MoESpec, short: bool) -> str:
+def _router(spec: MoESpec) -> str:
+    return str(spec.router) if spec.router else f"top-{spec.top_k}, as written"
+
+
+def _short_router(spec: MoESpec) -> str:
     if spec.router is None:
-        return f"top-{spec.top_k}, as written"
-    if short:
-        return str(replace(spec.router, renormalize=False, scale=1.0, groups=1, top_groups=1))
-    return str(spec.router)
+        return _router(spec)
+    return str(replace(spec.router, renormalize=False, scale=1.0, groups=1, top_groups=1))
 
 
-def _experts(spec: MoESpec, short: bool) -> str:
-    return spec.experts.kind if short else str(spec.experts)
+def _experts(spec: MoESpec) -> str:
+    return str(spec.experts)
+
+
+def _short_experts(spec: MoESpec) -> str:
+    whole, layout = str(spec.experts), spec.experts.layout
+    return whole.replace(f" {layout}", "", 1) if layout else whole
 
 
 def _shared(spec: MoESpec) -> str:
@@ -147,7 +160,7 @@ def _passes(passes: tuple[PassReport, ...]) -> Grid:
 
 def _pass_cells(each: PassReport) -> tuple[str, str, str, str]:
     before, after = each.nodes_before, each.nodes_after
-    nodes = f"{before} → {after}" if before != after else str(after)
+    nodes = f"{before} → {after}" if before not in (0, after) else str(after or "-")
     error = "-" if each.max_error is None else f"{each.max_error:.1e}"
     return each.name, f"{1e3 * each.seconds:.1f}", nodes, error
 
