@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-
-
 from dsmoe_compiler.ir.errors import DsmoeError, Refusal
 from dsmoe_compiler.ir.graph import ProgramGraph, erase_dead
 from dsmoe_compiler.ir.passes import LayerFacts, Pass, PassLog, Replacement
@@ -38,7 +36,9 @@ class Outcome:
     remarks: tuple[str, ...]
 
 
-def run(graph: ProgramGraph, passes: Sequence[Pass], verify: Verify, progress: Progress | None = None) -> Outcome:
+def run(
+    graph: ProgramGraph, passes: Sequence[Pass], verify: Verify, progress: Progress | None = None
+) -> Outcome:
     """Run the passes over the graph, in place. Raises PassFailed naming the pass when one breaks."""
     check = verify == "numeric" and not graph.on_meta()
     log, reports = PassLog(), list[PassReport]()
@@ -98,5 +98,3 @@ def _layer_report(facts: LayerFacts) -> LayerReport:
     return LayerReport(
         facts.name, facts.idiom, facts.fused, facts.spec, facts.refusal, facts.source, facts.remarks
     )
-
-

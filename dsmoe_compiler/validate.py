@@ -1,12 +1,13 @@
 """Translation validation: the value a pass put in, against the value it took out, on numbers.
 
-A replacement is checked where it happened: the part of the graph between its inputs and the two values runs on a few
-dozen tokens with the layer's own weights, under several routings (random, everything on a few experts, half of the
-experts empty). Sizes that vary get small numbers; nothing outside the layer runs.
+A replacement is checked where it happened: the part of the graph between its inputs and the two values runs
+on a few dozen tokens with the layer's own weights, under several routings (random, everything on a few
+experts, half of the experts empty). Sizes that vary get small numbers; nothing outside the layer runs.
 
 How far apart two right answers may be, relative to the largest number of the old one:
 
-- both sides round the same intermediates to the layer's dtype; each of the at most 8 roundings may fall on the other
+- both sides round the same intermediates to the layer's dtype; each of the at most 8 roundings may fall on
+  the other
   side after another order of summation: 8·eps(dtype);
 - sums of n products, accumulated in fp32 in two orders, differ by about sqrt(n)·eps(fp32); 8 of that.
 """
@@ -14,9 +15,9 @@ How far apart two right answers may be, relative to the largest number of the ol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -28,6 +29,9 @@ from dsmoe_compiler.ir import decompose, ops
 from dsmoe_compiler.ir.graph import ProgramGraph, is_tensor, shape
 from dsmoe_compiler.ir.passes import Replacement
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse
+
+# What each symbolic size is for one check.
+Sizes: TypeAlias = dict[sympy.Expr, sympy.Expr]
 
 # Sizes tried for the varying dimensions, most tokens first, until the largest intermediate fits the budget.
 _SIZES = ((3, 11, 2, 5), (2, 7, 2, 3), (2, 3, 2, 2), (1, 2, 1, 1))
@@ -54,7 +58,9 @@ def validate(graph: ProgramGraph, change: Replacement, seed: int = 0) -> Verdict
     if any(_holds_nan(graph.tensor(p)) for p in params):
         return Verdict(math.nan, 0.0, has_nan=True)
     sizes = _choose_sizes(region)
-    allowed = tolerance(change.old.meta["val"].dtype, max(_contraction(graph, p) for p in params) if params else 1)
+    allowed = tolerance(
+        change.old.meta["val"].dtype, max(_contraction(graph, p) for p in params) if params else 1
+    )
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     with torch.no_grad():
@@ -101,17 +107,19 @@ def _is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, int))
 
 
-def _choose_sizes(region: list[Node]) -> dict[sympy.Expr, sympy.Expr]:
-    """The largest of the small sizes whose intermediates fit the budget, gathered weights of fused ops included."""
+def _choose_sizes(region: list[Node]) -> Sizes:
+    """The largest of the small sizes at which every intermediate fits, weights gathered by fused ops too."""
     symbols = list(dict.fromkeys(s for n in region for size in _sizes_of(n) for s in _symbols(size)))
-    candidates = [{s: sympy.Integer(sizes[i % len(sizes)]) for i, s in enumerate(symbols)} for sizes in _SIZES]
+    candidates = [
+        {s: sympy.Integer(sizes[i % len(sizes)]) for i, s in enumerate(symbols)} for sizes in _SIZES
+    ]
     calls = [n for n in region if n.op == "call_function"]
     fitting = [c for c in candidates if max((_numel(n, c) for n in calls), default=0) <= _BUDGET]
     gathering = [c for c in fitting if max((_gathered(n, c) for n in calls), default=0) <= _BUDGET]
     return (gathering or fitting or candidates[-1:])[0]
 
 
-def _gathered(node: Node, sizes: Mapping[sympy.Expr, sympy.Expr]) -> int:
+def _gathered(node: Node, sizes: Sizes) -> int:
     """How many numbers a fused op's weights have when each pair gathers its expert's; 0 for other nodes."""
     if node.target not in (ops.EXPERTS, ops.MOE):
         return 0
@@ -131,17 +139,15 @@ def _symbols(size: int | torch.SymInt) -> list[sympy.Expr]:
     return sorted(size.node.expr.free_symbols, key=str) if isinstance(size, torch.SymInt) else []
 
 
-def _numel(node: Node, sizes: Mapping[sympy.Expr, sympy.Expr]) -> int:
+def _numel(node: Node, sizes: Sizes) -> int:
     return math.prod(_number(s, sizes) for s in shape(node)) if is_tensor(node) else 0
 
 
-def _number(size: int | torch.SymInt, sizes: Mapping[sympy.Expr, sympy.Expr]) -> int:
-    return int(size.node.expr.xreplace(dict(sizes))) if isinstance(size, torch.SymInt) else size
+def _number(size: int | torch.SymInt, sizes: Sizes) -> int:
+    return int(size.node.expr.xreplace(sizes)) if isinstance(size, torch.SymInt) else size
 
 
-def _routings(
-    change: Replacement, sizes: Mapping[sympy.Expr, sympy.Expr], generator: torch.Generator
-) -> Iterator[dict[Node, Tensor]]:
+def _routings(change: Replacement, sizes: Sizes, generator: torch.Generator) -> Iterator[dict[Node, Tensor]]:
     """Inputs under several routings; where the ids are computed from x, x itself is what varies."""
     experts = _experts(change.new)
     for kind in ("random", "skewed", "half empty"):
@@ -177,7 +183,7 @@ def _experts(new: Node) -> int:
     return (parse(text, ExpertsSpec) if node.target is ops.EXPERTS else parse(text, MoESpec).experts).count
 
 
-def _run(region: list[Node], result: Node, values: dict[Node, Any], sizes: Mapping[sympy.Expr, sympy.Expr]) -> Tensor:
+def _run(region: list[Node], result: Node, values: dict[Node, Any], sizes: Sizes) -> Tensor:
     wanted = set(_between(tuple(values), (result,)))
     for node in region:
         if node not in wanted or node in values:
@@ -186,11 +192,18 @@ def _run(region: list[Node], result: Node, values: dict[Node, Any], sizes: Mappi
             values[node] = _number(node.meta["val"], sizes)
         else:
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            run = decompose.DECOMPOSITIONS[node.target] if 0 < _gathered(node, sizes) <= _BUDGET else node.target
-            values[node] = run(*args, **kwargs)  # type: ignore[operator, index]
+            values[node] = _implementation(node, sizes)(*args, **kwargs)
     found = values[result]
     assert isinstance(found, Tensor)
     return found
+
+
+def _implementation(node: Node, sizes: Sizes) -> Callable[..., Any]:
+    """What computes a node: for a fused op the gathered form where it fits; it has no loop over experts."""
+    assert callable(node.target)
+    if isinstance(node.target, torch._ops.OpOverload) and 0 < _gathered(node, sizes) <= _BUDGET:
+        return decompose.DECOMPOSITIONS[node.target]
+    return node.target
 
 
 def _contraction(graph: ProgramGraph, parameter: Node) -> int:

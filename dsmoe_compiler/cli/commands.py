@@ -12,6 +12,7 @@ from dsmoe_compiler.cli.models import models
 
 
 @click.group(
+    "dsmoe",
     cls=OneLineErrors,
     commands=[inspect_model, compile_model, models, demo],
     invoke_without_command=True,

@@ -6,25 +6,30 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import click
 
 from dsmoe_compiler.cli.input_option import ExampleInput, input_option
-from dsmoe_compiler.cli.memory import require_disk
+from dsmoe_compiler.cli.memory import readable, require_disk
 from dsmoe_compiler.cli.model_argument import is_saved_program, resolve, weight_bytes
 from dsmoe_compiler.cli.output_file import require_writable
-from dsmoe_compiler.cli.stages import Stages
+from dsmoe_compiler.cli.stages import Stage, stages
 from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.report.report import Report
+
+Backend = Literal["auto", "cpu", "reference"]
+Verify = Literal["numeric", "off"]
+Capture = Literal["auto", "as_written"]
 
 
 @dataclass(frozen=True)
 class Options:
     """What the command's options say, as the API takes it."""
 
-    backend: str
-    verify: str
-    capture: str
+    backend: Backend
+    verify: Verify
+    capture: Capture
     require_fused: bool
 
 
@@ -55,21 +60,21 @@ class Written:
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "cpu", "reference"]),
+    type=click.Choice(get_args(Backend)),
     default="auto",
     show_default=True,
     help="What runs the MoE layers; auto chooses by the model's device.",
 )
 @click.option(
     "--verify",
-    type=click.Choice(["numeric", "off"]),
+    type=click.Choice(get_args(Verify)),
     default="numeric",
     show_default=True,
     help="Check every rewrite against what it replaces, and the program against the model.",
 )
 @click.option(
     "--capture",
-    type=click.Choice(["auto", "as_written"]),
+    type=click.Choice(get_args(Capture)),
     default="auto",
     show_default=True,
     help="auto may switch a transformers model to its exportable experts while capturing.",
@@ -82,9 +87,9 @@ class Written:
 def compile_model(
     text: str,
     output: Path,
-    backend: str,
-    verify: str,
-    capture: str,
+    backend: Backend,
+    verify: Verify,
+    capture: Capture,
     require_fused: bool,
     inputs: tuple[ExampleInput, ...],
     as_json: bool,
@@ -103,7 +108,7 @@ def compile_model(
     require_writable(output)
     if is_saved_program(text):
         raise InputError(f"{text} is compiled already; `dsmoe inspect {text}` shows what is in it")
-    with Stages() as stage:
+    with stages() as stage:
         written = _compile(text, output, inputs, Options(backend, verify, capture, require_fused), stage)
     for note in written.notes:
         click.echo(f"note: {note}", err=True)
@@ -111,7 +116,7 @@ def compile_model(
 
 
 def _compile(
-    text: str, output: Path, inputs: tuple[ExampleInput, ...], options: Options, stage: Stages
+    text: str, output: Path, inputs: tuple[ExampleInput, ...], options: Options, stage: Stage
 ) -> Written:
     start = time.perf_counter()
     stage("load torch")
@@ -151,4 +156,4 @@ def _print(written: Written) -> None:
     to = console()
     print_report(to, written.report)
     to.print()
-    to.print(f"wrote {written.path}, {written.size / 1e6:.1f} MB, in {written.seconds:.1f} s")
+    to.print(f"wrote {written.path}, {readable(written.size)}, in {written.seconds:.1f} s")

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from dsmoe_compiler.cli.measure import alternate
-from dsmoe_compiler.cli.stages import Stages
+from dsmoe_compiler.cli.stages import Stage, stages
 from dsmoe_compiler.report.grid import Column, Grid, Row
 from dsmoe_compiler.report.report import Report
 
@@ -69,14 +69,14 @@ def demo(as_json: bool) -> None:
     Example:
       dsmoe demo
     """
-    with Stages() as stage:
+    with stages() as stage:
         result = _run(stage)
     _print_json(result) if as_json else _print(result)
     if not result.error <= TOLERANCE:
         raise RuntimeError(f"the compiled program is off by {result.error:.1e}, more than {TOLERANCE:.0e}")
 
 
-def _run(stage: Stages) -> Demo:
+def _run(stage: Stage) -> Demo:
     stage("load torch")
     import torch
 

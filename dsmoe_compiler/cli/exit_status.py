@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from dsmoe_compiler.cli.quiet import debugging
 from dsmoe_compiler.ir.errors import CaptureError, DsmoeError, InputError, NotFused
 
 REFUSED, WRONG_INPUT, INTERNAL, INTERRUPTED = 1, 2, 70, 130
@@ -31,13 +31,13 @@ class OneLineErrors(click.Group):
         """As click's `main`; in standalone mode it never returns and never lets an exception pass."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
-        _quiet()
+        _tolerate_encodings()
         try:
             status = super().main(args, prog_name, complete_var, False, **extra)
         except click.Abort:
             sys.exit(INTERRUPTED)
         except Exception as error:
-            if os.environ.get("DSMOE_DEBUG"):
+            if debugging():
                 traceback.print_exc()
             status, line = _explain(error)
             click.echo(f"dsmoe: {line}", err=True)
@@ -72,10 +72,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _quiet() -> None:
-    """Keep stderr for our own lines, and never fail on a character the terminal cannot show."""
-    if not sys.warnoptions and not os.environ.get("DSMOE_DEBUG"):
-        warnings.simplefilter("ignore")
+def _tolerate_encodings() -> None:
+    """Never fail on a character that the terminal cannot show."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure:

@@ -8,7 +8,7 @@ import click
 
 from dsmoe_compiler.cli.input_option import ExampleInput, input_option
 from dsmoe_compiler.cli.model_argument import is_saved_program, resolve
-from dsmoe_compiler.cli.stages import Stages
+from dsmoe_compiler.cli.stages import Stage, stages
 from dsmoe_compiler.report.report import Report
 
 
@@ -29,7 +29,7 @@ def inspect_model(text: str, inputs: tuple[ExampleInput, ...], as_json: bool) ->
       dsmoe inspect my_package.model:forward --input x=2x16x512 --input ids=2x16:int64
       dsmoe inspect tiny.pt2 --json
     """
-    with Stages() as stage:
+    with stages() as stage:
         report, notes = _report(text, inputs, stage)
     for note in notes:
         click.echo(f"note: {note}", err=True)
@@ -41,7 +41,7 @@ def inspect_model(text: str, inputs: tuple[ExampleInput, ...], as_json: bool) ->
     print_report(console(), report)
 
 
-def _report(text: str, inputs: tuple[ExampleInput, ...], stage: Stages) -> tuple[Report, tuple[str, ...]]:
+def _report(text: str, inputs: tuple[ExampleInput, ...], stage: Stage) -> tuple[Report, tuple[str, ...]]:
     stage("load torch")
     from dsmoe_compiler import api, program
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsmoe_compiler.ir.errors import InputError
 
-GIGABYTE = 1e9
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
 def require_memory(size: int, what: str) -> None:
@@ -16,7 +16,7 @@ def require_memory(size: int, what: str) -> None:
     available = available_memory()
     if available is not None and size > available:
         raise InputError(
-            f"{what} needs {gigabytes(size)}, {gigabytes(available)} available; "
+            f"{what} needs {readable(size)}, {readable(available)} available; "
             "`dsmoe inspect` needs no memory for the weights"
         )
 
@@ -25,9 +25,7 @@ def require_disk(size: int, path: Path) -> None:
     """Raise InputError when `size` bytes do not fit on the disk of the file `path`."""
     free = shutil.disk_usage(path.absolute().parent).free
     if size > free:
-        raise InputError(
-            f"{path} needs {gigabytes(size)} on the disk, {gigabytes(free)} free; choose another"
-        )
+        raise InputError(f"{path} needs {readable(size)} on the disk, {readable(free)} free; choose another")
 
 
 def available_memory() -> int | None:
@@ -44,7 +42,8 @@ def available_memory() -> int | None:
         return None
 
 
-def gigabytes(size: int) -> str:
-    """The size for reading: "578 GB", "0.36 GB"."""
-    amount = size / GIGABYTE
-    return f"{amount:.0f} GB" if amount >= 10 else f"{amount:.2g} GB"
+def readable(size: int) -> str:
+    """A number of bytes for reading: "578 GB", "4.9 MB"."""
+    unit, factor = next(((u, f) for u, f in _UNITS if size >= f), ("bytes", 1))
+    amount = size / factor
+    return f"{amount:.0f} {unit}" if amount >= 10 else f"{amount:.2g} {unit}"

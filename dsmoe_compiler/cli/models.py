@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import click
 
-from dsmoe_compiler.cli.stages import Stages
+from dsmoe_compiler.cli.stages import stages
 from dsmoe_compiler.report.grid import Column, Grid, Row
 
 INDENT = "    "
@@ -39,7 +39,7 @@ def models(as_json: bool) -> None:
     Example:
       dsmoe models
     """
-    with Stages() as stage:
+    with stages() as stage:
         stage("load torch")
         entries = _entries()
     if as_json:

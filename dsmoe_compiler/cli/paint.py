@@ -16,7 +16,13 @@ WIDEST = 120  # a map wider than this is harder to read, not easier
 
 def console() -> Console:
     """Where a command's answer goes. Lines are never wrapped or cut when stdout is not a terminal."""
-    return Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+    return _Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave a reader that went away to the command, which has an exit status for it."""
+        raise BrokenPipeError
 
 
 def print_report(to: Console, report: Report) -> None:

@@ -2,69 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from typing import TextIO, TypeAlias
 
 import click
 
+from dsmoe_compiler.cli.quiet import quiet
+
 PATIENCE_SECONDS = 2.0
+Stage: TypeAlias = Callable[[str], None]
 
 
-class Stages:
-    """A context in which `stages(name)` says that a stage begins.
+@contextlib.contextmanager
+def stages() -> Iterator[Stage]:
+    """A context for long work; what it yields says that a stage begins: `stage("capture")`.
 
     On a terminal a spinner names the stage and its seconds. Elsewhere a line a stage, and none at all when
-    everything is over within `PATIENCE_SECONDS`.
+    everything is over within `PATIENCE_SECONDS`. Nothing else is printed meanwhile.
     """
-
-    def __init__(self) -> None:
-        self._shown: _Spinner | _Lines = _Spinner() if sys.stderr.isatty() else _Lines()
-
-    def __call__(self, name: str) -> None:
-        self._shown.begin(name)
-
-    def __enter__(self) -> Stages:
-        self._shown.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._shown.stop()
+    show = _spinner if sys.stderr.isatty() else _lines
+    with show(sys.stderr) as stage, quiet():
+        yield stage
 
 
-class _Spinner:
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+@contextlib.contextmanager
+def _spinner(stderr: TextIO) -> Iterator[Stage]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._progress.add_task("", total=None)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    progress = Progress(
+        *columns, console=Console(file=stderr), transient=True, redirect_stdout=False, redirect_stderr=False
+    )
+    task = progress.add_task("", total=None)
+    with progress:
+        yield lambda name: progress.reset(task, description=name)
 
-    def start(self) -> None:
-        self._progress.start()
 
-    def begin(self, name: str) -> None:
-        self._progress.reset(self._task, description=name)
-
-    def stop(self) -> None:
-        self._progress.stop()
+@contextlib.contextmanager
+def _lines(stderr: TextIO) -> Iterator[Stage]:
+    lines = _Lines(stderr)
+    timer = threading.Timer(PATIENCE_SECONDS, lines.lose_patience)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lines.begin
+    finally:
+        timer.cancel()
 
 
 class _Lines:
     """Stages begun before the patience is over are not told, except the one that outlasts it."""
 
-    def __init__(self) -> None:
+    def __init__(self, stderr: TextIO) -> None:
+        self._stderr = stderr
         self._lock = threading.Lock()
         self._stage = ""
         self._late = False
-        self._timer = threading.Timer(PATIENCE_SECONDS, self._lose_patience)
-        self._timer.daemon = True
-
-    def start(self) -> None:
-        self._timer.start()
 
     def begin(self, name: str) -> None:
         with self._lock:
@@ -72,14 +69,11 @@ class _Lines:
             if self._late:
                 self._tell()
 
-    def stop(self) -> None:
-        self._timer.cancel()
-
-    def _lose_patience(self) -> None:
+    def lose_patience(self) -> None:
         with self._lock:
             self._late = True
             if self._stage:
                 self._tell()
 
     def _tell(self) -> None:
-        click.echo(f"stage {self._stage}", err=True)
+        click.echo(f"stage {self._stage}", file=self._stderr)

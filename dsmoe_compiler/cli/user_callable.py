@@ -25,6 +25,8 @@ def user_call(text: str) -> ModelCall:
     when the user's own code fails.
     """
     module_name, _, path = text.partition(":")
+    if not (module_name and path):
+        raise InputError(f"{text} is no model: say package.module:callable")
     found = _attribute(_module(module_name), path, text)
     if isinstance(found, nn.Module):
         return ModelCall(found, (), {})

@@ -1,13 +1,13 @@
 """The expert's maths as a small term over its weights.
 
-A `Body` is a straight-line program in value-numbered form: step *i* applies one operator to earlier steps, the last
-step is the result. It describes one row: `x` is the row's token (width D), `w` its routing weight (width 1), `p0`,
-`p1`, … the tensors of the row's expert. Its text is one line, with shared steps named:
+A `Body` is a straight-line program in value-numbered form: step *i* applies one operator to earlier steps,
+the last step is the result. It describes one row: `x` is the row's token (width D), `w` its routing weight
+(width 1), `p0`, `p1`, … the tensors of the row's expert. Its text is one line, with shared steps named:
 
     h=linear(x,p0); mul(linear(mul(silu(slice(h,0,1408,1)),slice(h,1408,2816,1)),p1),w)
 
-The same steps, in a growing `Terms` table, are what lifting computes with: a term is an index into the table, equal
-terms have equal indices, so no subtree is ever built (or multiplied) twice.
+The same steps, in a growing `Terms` table, are what lifting computes with: a term is an index into the table,
+equal terms have equal indices, so no subtree is ever built (or multiplied) twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ OPERATORS: dict[str, Operator] = {
     "w": Operator(0),
     "p": Operator(0, ("index",)),
     "const": Operator(0, ("value",)),
-    # Leaves of a term still being built, named by the graph value they stand for; a finished Body has none of them.
+    # Leaves of a term still being built, named by the graph value they stand for; a finished Body has none of
+    # them.
     "token": Operator(0, ("node",)),
     "pair": Operator(0, ("node",)),
     "expert": Operator(0, ("node",)),
@@ -235,9 +236,8 @@ def _attr(node: ast.expr) -> Attr:
         case ast.Constant(value=int() | float() | None as value):
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            value = _attr(operand)
-            if isinstance(value, (int, float)):
-                return -value
+            if isinstance(number := _attr(operand), (int, float)):
+                return -number
         case ast.Name(id="inf"):
             return math.inf
         case ast.Name(id=name):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Every code a refusal may carry: R1xx capture, R2xx router, R3xx experts, R4xx permutation and combine, R5xx target.
+# Every code a refusal may carry: R1xx capture, R2xx router, R3xx experts, R4xx permutation and combine, R5xx
+# target.
 CODES: dict[str, str] = {
     "R201": "the router's weights or ids do not come from top-k scores of known form",
     "R202": "the router reads another tensor than its experts",
@@ -50,7 +51,7 @@ class Refusal:
 
 
 class DsmoeError(Exception):
-    """The root of every exception raised on purpose; the message is one line of what, where and what to do."""
+    """The root of all our exceptions; the message is one line of what, where and what to do."""
 
 
 class InputError(DsmoeError):

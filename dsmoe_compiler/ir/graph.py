@@ -19,11 +19,30 @@ Size: TypeAlias = int | torch.SymInt
 
 # Composite operators that may hand their input back, though their schema does not say so.
 _MAY_ALIAS = frozenset(
-    "reshape reshape_as flatten contiguous to type_as view_as expand_as narrow movedim ravel detach_ detach lift_fresh".split()
+    {
+        "contiguous",
+        "detach",
+        "detach_",
+        "expand_as",
+        "flatten",
+        "lift_fresh",
+        "movedim",
+        "narrow",
+        "ravel",
+        "reshape",
+        "reshape_as",
+        "to",
+        "type_as",
+        "view_as",
+    }
 )
 # Operators that only rearrange or relabel: a value seen through them is the same value.
-VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints})
-CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default})
+VIEWS = frozenset(
+    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
+)
+CASTS = frozenset(
+    {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default}
+)
 COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default})
 
 
@@ -35,7 +54,8 @@ class ProgramGraph:
 
     @property
     def graph(self) -> Graph:
-        return self.exported.graph_module.graph
+        graph: Graph = self.exported.graph_module.graph
+        return graph
 
     @property
     def nodes(self) -> list[Node]:
@@ -121,10 +141,10 @@ def common_module(nodes: Iterable[Node]) -> str:
 
 
 def source(node: Node, module: str = "") -> str:
-    """The "file.py:123" of the user's code behind a node: the innermost line in the file that defines `module`'s class.
+    """The "file.py:123" of the user's code behind a node, innermost in the file that defines `module`.
 
-    Libraries run experts from shared code; the line wanted is the model's own. Without a file known for the module,
-    the innermost line outside torch.
+    Libraries run experts from shared code; the line wanted is the model's own. Without a file known for the
+    module, the innermost line outside torch.
     """
     frames = _frames(node.meta.get("stack_trace") or "")
     stack = {entry[0].split("@")[0]: entry[1] for entry in (node.meta.get("nn_module_stack") or {}).values()}
@@ -139,8 +159,9 @@ def _frames(trace: str) -> list[tuple[str, str]]:
     return [(p[0][len('File "') : -1], p[1].removeprefix("line ")) for p in parts if len(p) > 1]
 
 
-def _defining_file(class_name: object) -> str:
-    qualified = class_name if isinstance(class_name, str) else f"{class_name.__module__}.{class_name.__qualname__}"  # type: ignore[attr-defined]
+def _defining_file(owner: object) -> str:
+    """The file that defines a class, given as the graph records it: the class itself or its dotted name."""
+    qualified = owner if isinstance(owner, str) else str(getattr(owner, "__module__", ""))
     parts = qualified.split(".")
     for end in range(len(parts), 0, -1):
         module = sys.modules.get(".".join(parts[:end]))

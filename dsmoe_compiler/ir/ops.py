@@ -4,10 +4,11 @@
     dsmoe::experts(Tensor x, Tensor ids, Tensor weights, Tensor[] params, str spec) -> Tensor
     dsmoe::moe    (Tensor x, Tensor[] router, Tensor[] params, Tensor[] shared, str spec) -> Tensor
 
-x (T, D), logits (T, E), ids (T, K) integer with −1 for a dropped slot, weights (T, K); `params` are the experts'
-tensors, E first, in the model's own layout. `router` is the logits' weight (E, D), then its bias where the spec has
-one, then the selection bias where the spec has one. `spec` is the canonical line of an ExpertsSpec, RouterSpec or
-MoESpec. Called directly, the operators run the reference; gradients flow through the same maths.
+x (T, D), logits (T, E), ids (T, K) integers with −1 for a dropped slot, weights (T, K); `params` are the
+experts' tensors, E first, in the model's own layout. `router` is the logits' weight (E, D), then its bias
+where the spec has one, then the selection bias where the spec has one. `spec` is the canonical line of an
+ExpertsSpec, RouterSpec or MoESpec. Called directly, the operators run the reference; gradients flow through
+the same maths.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def _differentiable(name: str, forward: Callable[..., Any]) -> None:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         flat = [next(saved) if c is None else c for c in ctx.constants]
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t for t in flat]
+        leaves = [
+            t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t for t in flat
+        ]
         with torch.enable_grad():
             out = forward(*_regroup(leaves, ctx.layout))
         outputs = out if isinstance(out, tuple) else (out,)
@@ -72,7 +75,9 @@ def _differentiable(name: str, forward: Callable[..., Any]) -> None:
         found = iter(
             torch.autograd.grad([o for o, _ in flowing], wanted, [g for _, g in flowing], allow_unused=True)
         )
-        return tuple(_regroup([next(found) if any(t is w for w in wanted) else None for t in leaves], ctx.layout))
+        return tuple(
+            _regroup([next(found) if any(t is w for w in wanted) else None for t in leaves], ctx.layout)
+        )
 
     torch.library.register_autograd(name, backward, setup_context=setup)
 
@@ -89,7 +94,9 @@ def _define(name: str, schema: str, forward: Callable[..., Any], fake: Callable[
     _differentiable(name, forward)
 
 
-_define("dsmoe::route", "(Tensor logits, Tensor? selection_bias, str spec) -> (Tensor, Tensor)", _route, _route)
+_define(
+    "dsmoe::route", "(Tensor logits, Tensor? selection_bias, str spec) -> (Tensor, Tensor)", _route, _route
+)
 _define(
     "dsmoe::experts",
     "(Tensor x, Tensor ids, Tensor weights, Tensor[] params, str spec) -> Tensor",

@@ -1,8 +1,9 @@
 """The protocol of a pass, and the log through which it answers.
 
-A pass is a frozen dataclass: its options are its fields, its docstring shows `before:` and `after:`. It changes the
-graph only by proposing: `log.replace(old, new, …)` makes the new value stand for the old one and remembers how to
-take that back, so that whoever runs the pass can check the two against each other before the old one is gone.
+A pass is a frozen dataclass: its options are its fields, its docstring shows `before:` and `after:`. It
+changes the graph only by proposing: `log.replace(old, new, …)` makes the new value stand for the old one and
+remembers how to take that back, so that whoever runs the pass can check the two against each other before the
+old one is gone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dsmoe_compiler.ir.spec import MoESpec
 
 @dataclass(frozen=True)
 class Replacement:
-    """`new` stands where `old` stood in `layer`; both compute from `inputs`, the values their checking starts at.
+    """`new` stands where `old` stood in `layer`; both compute from `inputs`, the values their checking starts
+    at.
 
     `refused` is the code the layer's refusal carries when the two turn out to differ.
     """
@@ -35,7 +37,8 @@ class Replacement:
 class LayerFacts:
     """What is known of one layer after some pass; passes replace the whole record.
 
-    `node` is the value the layer was recognised (or lost) at, `op` the op that stands for it now, `order` its place.
+    `node` is the value the layer was recognised (or lost) at, `op` the op that stands for it now, `order` its
+    place.
     """
 
     name: str

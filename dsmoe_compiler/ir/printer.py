@@ -1,4 +1,5 @@
-"""Textual IR one can read and compare: values numbered in order, sizes named in order, parameters by their names.
+"""Textual IR one can read and compare: values numbered in order, sizes named in order, parameters by their
+names.
 
     %3 : f32[s0*s1, 64] = view(%x, [s0*s1, 64])
     %4 : f32[s0*s1, 64] = dsmoe.moe(%3, [@layers.0.mlp.gate.weight], …, "moe(top_k=2,…)")
@@ -24,7 +25,7 @@ _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def print_graph(graph: ProgramGraph, nodes: Iterable[Node] | None = None, modules: bool = False) -> str:
-    """The graph, or only the given nodes of it, one value a line; with `modules`, a comment where the module changes."""
+    """The graph or the given nodes of it, a value a line; `modules` adds comments where modules change."""
     printer = _Printer(graph)
     wanted = None if nodes is None else set(nodes)
     lines, path = [], None
@@ -44,6 +45,7 @@ class _Printer:
     graph: ProgramGraph
     names: dict[Node, str] = field(default_factory=dict)
     symbols: dict[str, str] = field(default_factory=dict)
+    count: int = 0
 
     def line(self, node: Node) -> str | None:
         """The node's line, or None for a parameter, which is printed where it is used."""
@@ -55,9 +57,14 @@ class _Printer:
             return f"{self.names[node]} : {self.type(node.meta.get('val'))} = input"
         if node.op == "output":
             return f"return {self.argument(node.args[0])}"
-        self.names[node] = f"%{sum(not n.startswith('@') for n in self.names.values())}"
+        self.names[node] = f"%{self.count}"
+        self.count += 1
         arguments = [self.argument(a) for a in node.args]
-        arguments += [f"{k}={self.argument(v)}" for k, v in sorted(node.kwargs.items()) if k not in ("device", "pin_memory")]
+        arguments += [
+            f"{k}={self.argument(v)}"
+            for k, v in sorted(node.kwargs.items())
+            if k not in ("device", "pin_memory")
+        ]
         kind = self.type(node.meta.get("val"))
         return f"{self.names[node]} : {kind} = {_operator(node)}({', '.join(arguments)})"
 

@@ -1,6 +1,7 @@
 """The maths of every spec in plain torch: the oracle that each backend and each rewrite is held against.
 
-Shapes: x_TD, logits_TE, weights_TK, ids_TK (−1: dropped), expert parameters E first, in the layout the spec says.
+Shapes: x_TD, logits_TE, weights_TK, ids_TK (−1: dropped), expert parameters E first, in the layout the spec
+says.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def evaluate(
     return result
 
 
-def row_shape(spec: ExpertsSpec, x: Tensor, weights: Tensor, params: Sequence[Tensor]) -> tuple[int, torch.dtype]:
+def row_shape(
+    spec: ExpertsSpec, x: Tensor, weights: Tensor, params: Sequence[Tensor]
+) -> tuple[int, torch.dtype]:
     """The width and dtype of the body's rows, found on zero rows of the meta device."""
 
     def empty(t: Tensor, *shape: int) -> Tensor:
@@ -96,16 +99,18 @@ def row_shape(spec: ExpertsSpec, x: Tensor, weights: Tensor, params: Sequence[Te
 
 def out_dtype(spec: ExpertsSpec, summed: torch.dtype) -> torch.dtype:
     """The dtype of the layer's output, given that of its rows."""
-    return getattr(torch, spec.out_dtype) if spec.out_dtype else summed  # type: ignore[no-any-return]
+    return getattr(torch, spec.out_dtype) if spec.out_dtype else summed
 
 
-def experts(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, params: Sequence[Tensor], spec: ExpertsSpec) -> Tensor:
-    """out[t] = Σ_k body(x[t], weights[t,k], P[ids[t,k]]), one expert at a time; slots with id −1 add nothing."""
+def experts(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, params: Sequence[Tensor], spec: ExpertsSpec
+) -> Tensor:
+    """out[t] = Σ_k body(x[t], weights[t,k], P[ids[t,k]]), one expert at a time; id −1 adds nothing."""
     tokens, slots = ids_TK.shape
     width, dtype = row_shape(spec, x_TD, weights_TK, params)
     y_PD = x_TD.new_zeros(tokens * slots, width, dtype=dtype)
     flat_ids, flat_w = ids_TK.reshape(-1), weights_TK.reshape(-1, 1)
-    for e in flat_ids.unique().tolist():
+    for e in sorted(set(flat_ids.tolist())):
         if e >= 0:
             pairs = torch.nonzero(flat_ids == e).squeeze(1)
             y = evaluate(spec.body, x_TD[pairs // slots], flat_w[pairs], [p[e] for p in params])
@@ -170,11 +175,13 @@ def _score(logits: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def _limit_to_groups(ranked_TE: Tensor, spec: RouterSpec) -> Tensor:
-    """Scores of experts outside the best groups replaced by `group_fill` (DeepSeek-V2 §2.2, DeepSeek-V3 §2.1.2)."""
+    """Scores outside the best groups replaced by `group_fill` (DeepSeek-V2 §2.2, DeepSeek-V3 §2.1.2)."""
     if spec.groups == 1:
         return ranked_TE
     tokens, count = ranked_TE.shape
     grouped = ranked_TE.view(tokens, spec.groups, count // spec.groups)
     best = grouped.amax(-1) if spec.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
-    kept = torch.zeros_like(best, dtype=torch.bool).scatter(1, best.topk(spec.top_groups, dim=-1).indices, True)
+    kept = torch.zeros_like(best, dtype=torch.bool).scatter(
+        1, best.topk(spec.top_groups, dim=-1).indices, True
+    )
     return grouped.masked_fill(~kept.unsqueeze(-1), spec.group_fill).view(tokens, count)

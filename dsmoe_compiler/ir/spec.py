@@ -1,9 +1,10 @@
 """What a Mixture-of-Experts layer *is*: frozen facts, one canonical line of text each.
 
-Everything downstream of the understanding (op, passes, code generation, exports, plan) shares these and nothing
-else. A spec travels as text inside the graph, so a printed graph, a saved file and an exported node say the same:
+Everything downstream of the understanding (op, passes, code generation, exports, plan) shares these and
+nothing else. A spec travels as text inside the graph, so a printed graph, a saved file and an exported node
+say the same:
 
-    moe(top_k=6,experts=experts(count=64,hidden=2048,body="h=linear(x,p0); …"),router=router(top_k=6,score="softmax"))
+    moe(top_k=6,experts=experts(count=64,hidden=2048,body="h=linear(x,p0); …"),router=router(top_k=6,…))
 
 Letters: T tokens, D model width, F expert hidden width, E routed experts, K experts per token.
 """
@@ -22,10 +23,11 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """The routed experts: out[t] = Σ_k body(x[t], w[t,k], P[ids[t,k]]), summed over k in the body's own dtype.
+    """The routed experts: out[t] = Σ_k body(x[t], w[t,k], P[ids[t,k]]), summed over k in the body's own
+    dtype.
 
-    `count` is E, `hidden` D (the width of x), `body` the expert's maths with the routing weight `w` where the model
-    applies it, `out_dtype` the dtype the sum is cast to (None: not cast).
+    `count` is E, `hidden` D (the width of x), `body` the expert's maths with the routing weight `w` where the
+    model applies it, `out_dtype` the dtype the sum is cast to (None: not cast).
     """
 
     count: int
@@ -60,7 +62,9 @@ class ExpertsSpec:
 
     @cached_property
     def layout(self) -> str:
-        """How gate and up lie in memory: "[gate;up]", "[up;gate]", "interleaved", "separate" or "" when not gated."""
+        """How gate and up lie in memory: "[gate;up]", "[up;gate]", "interleaved", "separate" or "" when not
+        gated.
+        """
         return _layout(self.body)
 
     def __str__(self) -> str:
@@ -84,12 +88,13 @@ class ExpertsSpec:
 class RouterSpec:
     """From a token's logits to K expert ids and weights.
 
-    `score` turns logits into scores over all E experts before top-k (`select="scores"`) or over the K selected
-    logits after it (`select="logits"`). Selection may add a bias that does not weigh (`selection_bias`, DeepSeek-V3
-    eq. 16) and keep only the best `top_groups` of `groups` groups, each group scored by its best or its two best
-    experts, rejected experts' scores replaced by `group_fill`. Weights are the selected (unbiased) scores, divided by
-    their sum + `epsilon` when `renormalize`, times `scale`, cast to `weight_dtype`. `logits_dtype` is the dtype x and
-    the router's weight are cast to before the product, `score_dtype` that of the scores; None: as they come.
+    `score` turns logits into scores over all E experts before top-k (`select="scores"`) or over the K
+    selected logits after it (`select="logits"`). Selection may add a bias that does not weigh
+    (`selection_bias`, DeepSeek-V3 eq. 16) and keep only the best `top_groups` of `groups` groups, each group
+    scored by its best or its two best experts, rejected experts' scores replaced by `group_fill`. Weights are
+    the selected (unbiased) scores, divided by their sum + `epsilon` when `renormalize`, times `scale`, cast
+    to `weight_dtype`. `logits_dtype` is the dtype x and the router's weight are cast to before the product,
+    `score_dtype` that of the scores; None: as they come.
     """
 
     top_k: int
@@ -117,7 +122,9 @@ class RouterSpec:
             raise ValueError("a router that scores after top-k has neither selection bias nor groups")
 
     def __str__(self) -> str:
-        order = f"{self.score}→top-{self.top_k}" if self.select == "scores" else f"top-{self.top_k}→{self.score}"
+        order = (
+            f"{self.score}→top-{self.top_k}" if self.select == "scores" else f"top-{self.top_k}→{self.score}"
+        )
         if self.selection_bias:
             order = order.replace("→", "+bias→")
         if self.groups > 1:
@@ -131,7 +138,8 @@ class RouterSpec:
 class SharedSpec:
     """Shared experts: body(x) is added to every token's routed sum. Its `p0`, `p1`, … are whole tensors.
 
-    `width` is the hidden width of all shared experts together (S·F), `gated` whether a per-token sigmoid scales them.
+    `width` is the hidden width of all shared experts together (S·F), `gated` whether a per-token sigmoid
+    scales them.
     """
 
     body: Body
@@ -149,7 +157,9 @@ class SharedSpec:
 
 @dataclass(frozen=True)
 class MoESpec:
-    """A whole layer: `router` is None where it stayed in the graph as written, `shared` where there is none."""
+    """A whole layer: `router` is None where it stayed in the graph as written, `shared` where there is
+    none.
+    """
 
     top_k: int
     experts: ExpertsSpec
@@ -276,7 +286,11 @@ def _layout(body: Body) -> str:
         return "separate" if _gating(body) else ""
     if any(s.op == "slice" and s.attrs[2] == 2 for s in steps):
         return "interleaved"
-    gate = [s for s in _down_to_gemms(body, [i for i, s in enumerate(body.steps) if s.op in ACTIVATIONS]) if s.op == "slice"]
+    gate = [
+        s
+        for s in _down_to_gemms(body, [i for i, s in enumerate(body.steps) if s.op in ACTIVATIONS])
+        if s.op == "slice"
+    ]
     return "[gate;up]" if gate and gate[0].attrs[0] == 0 else "[up;gate]"
 
 

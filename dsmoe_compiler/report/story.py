@@ -14,6 +14,7 @@ from dsmoe_compiler.report.layer_names import collapse
 from dsmoe_compiler.report.report import LayerReport, PassReport, Report
 
 INDENT = "    "
+WHOLE_MODEL = "(model)"  # the name of a layer that is the model itself
 Cell: TypeAlias = Callable[[MoESpec], str]
 
 
@@ -48,9 +49,9 @@ def tell(report: Report, width: int) -> Story:
 def _headline(report: Report) -> str:
     if not report.layers:
         return f"{report.model}: no Mixture-of-Experts layers; the model runs unchanged"
-    facts = [f"{report.fused} of {len(report.layers)} MoE layers fused", f"capture {report.capture}"]
+    facts = [f"{report.fused} of {len(report.layers)} MoE layers fused", f"capture: {report.capture}"]
     if report.backend:
-        facts.append(f"backend {report.backend}")
+        facts.append(f"backend: {report.backend}")
     return f"{report.model}: " + ", ".join(facts)
 
 
@@ -76,7 +77,11 @@ def _layer_grid(layers: tuple[LayerReport, ...], width: int, router: Cell, exper
     varying = [fact for fact in ("idiom", "source") if not _same(layers, fact)]
     rows = (
         Row(
-            (layer.name, *_spec_cells(layer, router, experts), *(getattr(layer, fact) for fact in varying)),
+            (
+                layer.name or WHOLE_MODEL,
+                *_spec_cells(layer, router, experts),
+                *(getattr(layer, fact) for fact in varying),
+            ),
             below=_refusal_lines(layer.refusal, width) if layer.refusal else (),
             alert=not layer.fused,
         )
@@ -131,13 +136,9 @@ def _same(layers: tuple[LayerReport, ...], fact: str) -> bool:
 
 def _common(layers: tuple[LayerReport, ...]) -> list[str]:
     """What holds for every layer and has therefore no column."""
-    facts = {"idiom": "written as ", "source": "at "}
-    common = [
-        prefix + value
-        for fact, prefix in facts.items()
-        if layers and _same(layers, fact) and (value := getattr(layers[0], fact))
-    ]
-    return [("every layer: " if len(layers) > 1 else "") + ", ".join(common)] if common else []
+    facts = [fact for fact in ("idiom", "source") if layers and _same(layers, fact)]
+    common = [f"{fact} {value}" for fact in facts if (value := getattr(layers[0], fact))]
+    return [("every layer: " if len(layers) > 1 else "") + "; ".join(common)] if common else []
 
 
 def _whole_specs(layers: tuple[LayerReport, ...]) -> list[str]:

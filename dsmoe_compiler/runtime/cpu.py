@@ -1,8 +1,9 @@
-"""A fused layer on a CPU: rows sorted by expert, one pass over each active expert's weights, nothing repacked.
+"""A fused layer on a CPU: rows sorted by expert, one pass over each active expert's weights, nothing
+repacked.
 
-T·K pairs are sorted by expert; each expert that received rows runs its body on one contiguous segment, in the layout
-the model holds its weights in; the results go back to their pairs' order and are summed per token. An expert without
-rows costs nothing. With one token there is nothing to sort.
+T·K pairs are sorted by expert; each expert that received rows runs its body on one contiguous segment, in the
+layout the model holds its weights in; the results go back to their pairs' order and are summed per token. An
+expert without rows costs nothing. With one token there is nothing to sort.
 
 Shapes: x_TD, ids_TK, weights_TK; P = T·K.
 """
@@ -97,7 +98,8 @@ def run_experts(
 
 
 def _by_expert(ids_TK: Tensor, experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """The pairs in the experts' order, and (expert, first row, row after its last) of every expert that has rows.
+    """The pairs in the experts' order, and (expert, first row, row after its last) of every expert that has
+    rows.
 
     Of one token each expert has at most one pair, so its pairs stay as they are.
     """
@@ -122,7 +124,8 @@ def _split_weight(spec: ExpertsSpec, *tensors: Tensor) -> tuple[Body, bool]:
     last = body.steps[body.result]
     if spec.weighting != "output" or last.op != "mul" or body.steps[last.args[1]].op != "w":
         return body, False
-    # The fused weighing sums in fp32; with other dtypes it would round differently from the body's own product.
+    # The fused weighing sums in fp32; with other dtypes it would round differently from the body's own
+    # product.
     if body.uses("cast") or any(t.dtype != torch.float32 for t in tensors):
         return body, False
     return body.upto(last.args[0]), True
@@ -138,7 +141,9 @@ def _combine(y_PD: Tensor, order_P: Tensor, weights_TK: Tensor | None, tokens: i
     row_of_pair = torch.full((pairs,), order_P.numel(), dtype=order_P.dtype, device=order_P.device)
     row_of_pair[order_P] = torch.arange(order_P.numel(), device=order_P.device)
     if weights_TK is not None:
-        return F.embedding_bag(row_of_pair.view(tokens, slots), y_PD, mode="sum", per_sample_weights=weights_TK)
+        return F.embedding_bag(
+            row_of_pair.view(tokens, slots), y_PD, mode="sum", per_sample_weights=weights_TK
+        )
     return y_PD.index_select(0, row_of_pair).view(tokens, slots, y_PD.shape[1]).sum(1)
 
 

@@ -25,15 +25,19 @@ _CPU: dict[torch._ops.OpOverload, Callable[[str], nn.Module]] = {
 
 
 def choose(backend: str, exported: ExportedProgram) -> Backend:
-    """The backend that "auto" means for this program. Raises InputError when the one asked for cannot run it."""
+    """The backend that "auto" means for this program. Raises InputError when the one asked for cannot run
+    it.
+    """
     devices = {t.device.type for t in exported.state_dict.values() if isinstance(t, Tensor)}
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "cpu" and devices - {"cpu"}:
-        raise InputError(f"backend 'cpu' cannot run a model on {', '.join(sorted(devices))}: move it to the CPU first")
-    if backend == "auto":
-        return "cpu" if not devices - {"cpu"} else "reference"
-    return backend  # type: ignore[return-value]
+        raise InputError(
+            f"backend 'cpu' cannot run a model on {', '.join(sorted(devices))}: move it to the CPU first"
+        )
+    if backend == "reference" or (backend == "auto" and devices - {"cpu"}):
+        return "reference"
+    return "cpu"
 
 
 def lower(exported: ExportedProgram, backend: Backend) -> GraphModule:

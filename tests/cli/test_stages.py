@@ -1,21 +1,23 @@
 """Progress goes to stderr, and only when somebody would otherwise wait without a word."""
 
+import logging
 import os
 import pty
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
-from dsmoe_compiler.cli import stages
-from dsmoe_compiler.cli.stages import Stages
+from dsmoe_compiler.cli import stages as module
+from dsmoe_compiler.cli.stages import stages
 
 
 def test_a_quick_command_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with Stages() as stage:
+    with stages() as stage:
         stage("capture")
         stage("lower")
     assert capsys.readouterr() == ("", "")
@@ -24,8 +26,8 @@ def test_a_quick_command_says_nothing(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_slow_one_names_the_stage_it_is_in_and_those_after(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "PATIENCE_SECONDS", 0.02)
-    with Stages() as stage:
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.02)
+    with stages() as stage:
         stage("capture")
         stage("lift_experts")
         for timer in threading.enumerate():
@@ -38,12 +40,40 @@ def test_a_slow_one_names_the_stage_it_is_in_and_those_after(
 def test_nothing_is_said_after_the_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "PATIENCE_SECONDS", 0.05)
-    with pytest.raises(ZeroDivisionError), Stages() as stage:
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.05)
+    with pytest.raises(ZeroDivisionError), stages() as stage:
         stage("capture")
         raise ZeroDivisionError
     time.sleep(0.1)
     assert capsys.readouterr() == ("", "")
+
+
+def chatter() -> None:
+    """What libraries and models print while they work."""
+    print("chatter")
+    print("chatter", file=sys.stderr)
+    warnings.warn("chatter", stacklevel=1)
+    logging.getLogger("torch").error("chatter")
+
+
+def test_what_others_print_meanwhile_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    with stages():
+        chatter()
+    assert capfd.readouterr() == ("", "")
+    print("heard")
+    assert capfd.readouterr() == ("heard\n", "")
+    assert logging.root.isEnabledFor(logging.ERROR)
+
+
+def test_who_debugs_sees_it_on_stderr(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSMOE_DEBUG", "1")
+    with stages(), pytest.warns(UserWarning, match="chatter"):
+        chatter()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("chatter") >= 2
 
 
 def on_a_terminal(command: list[str], folder: Path) -> str:

@@ -24,14 +24,14 @@ def test_a_big_model_has_a_line_a_layer_with_its_whole_spec(big: Report) -> None
 def test_what_all_layers_share_is_said_once(big: Report) -> None:
     text = render(big)
     assert text.count("experts.py:60") == 1
-    assert "every layer: written as gather, at experts.py:60" in text
+    assert "every layer: idiom gather; source experts.py:60" in text
 
 
 def test_the_headline_counts(big: Report, mixed: Report) -> None:
-    assert render(big).startswith("DeepSeekMoEForCausalLM: 61 of 61 MoE layers fused, capture export\n"), (
+    assert render(big).startswith("DeepSeekMoEForCausalLM: 61 of 61 MoE layers fused, capture: export\n"), (
         "an inspection has no backend"
     )
-    assert render(mixed).startswith("Mixed: 3 of 4 MoE layers fused, capture export, backend cpu\n")
+    assert render(mixed).startswith("Mixed: 3 of 4 MoE layers fused, capture: export, backend: cpu\n")
 
 
 def test_a_refusal_stands_below_its_layer(mixed: Report) -> None:
@@ -56,7 +56,7 @@ def test_specs_too_wide_for_a_cell_are_whole_in_the_legend(deepseek_v3: MoESpec)
     )
     text = render(Report("V3", "export", layers, ()))
     assert "\nmodel.layers.3.mlp   256  sigmoid+bias→top-8  SwiGLU D=7168 F=2048  2048\n" in text
-    legend = " ".join(text.split("every layer:")[1].split())
+    legend = " ".join(text.split("every layer")[1].split())
     assert f"model.layers.{{3-60}}.mlp: {deepseek_v3}" in legend
     assert max(map(len, text.splitlines())) <= 80
 
@@ -84,8 +84,13 @@ def test_a_model_without_layers_says_so() -> None:
 def test_a_refusal_without_a_place_has_no_line_for_it() -> None:
     layer = LayerReport("mlp", "dense", False, None, Refusal("R305", "NaN"), "a.py:1")
     lines = render(Report("M", "export", (layer,), ())).splitlines()
-    assert lines[3:] == ["mlp       as written  as written", "    R305 NaN", "written as dense, at a.py:1"]
+    assert lines[3:] == ["mlp       as written  as written", "    R305 NaN", "idiom dense; source a.py:1"]
 
 
 def test_str_is_the_text(mixed: Report) -> None:
     assert str(mixed) == render(mixed)
+
+
+def test_a_layer_that_is_the_model_itself_has_a_name() -> None:
+    layer = LayerReport("", "dense", False, None, Refusal("R305", "NaN"), "a.py:1")
+    assert "\n(model)     as written" in render(Report("M", "export", (layer,), ()))
