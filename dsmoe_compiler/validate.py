@@ -29,13 +29,15 @@ from dsmoe_compiler.ir import decompose, ops
 from dsmoe_compiler.ir.graph import ProgramGraph, is_tensor, shape
 from dsmoe_compiler.ir.passes import Replacement
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse
+from dsmoe_compiler.ir.stand_in import STAND_INS
 
 # What each symbolic size is for one check.
 Sizes: TypeAlias = dict[sympy.Expr, sympy.Expr]
 
 # Sizes tried for the varying dimensions, most tokens first, until the largest intermediate fits the budget.
 _SIZES = ((3, 11, 2, 5), (2, 7, 2, 3), (2, 3, 2, 2), (1, 2, 1, 1))
-_BUDGET = 2**25  # numbers in the largest intermediate: 128 MB of fp32
+_BUDGET = 2**24  # numbers in the largest intermediate of the old value: 64 MB of fp32
+_GATHERED = 2**22  # numbers of weights gathered per pair, past which a loop over experts is cheaper
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class Verdict:
 def validate(graph: ProgramGraph, change: Replacement, seed: int = 0) -> Verdict:
     """Run both values of a replacement on the same inputs and compare."""
     region = _between(change.inputs, (change.old, change.new))
-    params = [n for n in region if graph.parameter(n) is not None]
+    kept = any(n.target in STAND_INS for n in _between(change.inputs, (change.old,)))
+    params = [
+        n for n in region if graph.parameter(n) is not None and not (kept and _only_of_experts(n, region))
+    ]
     if any(_holds_nan(graph.tensor(p)) for p in params):
         return Verdict(math.nan, 0.0, has_nan=True)
     sizes = _choose_sizes(region)
@@ -65,8 +70,9 @@ def validate(graph: ProgramGraph, change: Replacement, seed: int = 0) -> Verdict
     worst = 0.0
     with torch.no_grad():
         for inputs in _routings(change, sizes, generator):
-            values = dict(inputs) | {p: graph.tensor(p) for p in params}
-            old, new = (_run(region, result, dict(values), sizes) for result in (change.old, change.new))
+            values = dict(inputs) | {n: graph.tensor(n) for n in region if graph.parameter(n) is not None}
+            run = _Run(sizes, stand_ins=kept)
+            old, new = (run.value(result, dict(values)) for result in (change.old, change.new))
             worst = max(worst, relative_error(new, old))
     return Verdict(worst, allowed)
 
@@ -100,7 +106,7 @@ def _between(inputs: tuple[Node, ...], results: tuple[Node, ...]) -> list[Node]:
             needed.add(node)
             if node not in inputs and not _is_size(node):
                 stack.extend(node.all_input_nodes)
-    return [n for n in results[0].graph.nodes if n in needed]
+    return sorted(needed)
 
 
 def _is_size(node: Node) -> bool:
@@ -108,26 +114,27 @@ def _is_size(node: Node) -> bool:
 
 
 def _choose_sizes(region: list[Node]) -> Sizes:
-    """The largest of the small sizes at which every intermediate fits, weights gathered by fused ops too."""
+    """The largest of the small sizes at which every intermediate fits, or the smallest sizes."""
     symbols = list(dict.fromkeys(s for n in region for size in _sizes_of(n) for s in _symbols(size)))
     candidates = [
         {s: sympy.Integer(sizes[i % len(sizes)]) for i, s in enumerate(symbols)} for sizes in _SIZES
     ]
     calls = [n for n in region if n.op == "call_function"]
     fitting = [c for c in candidates if max((_numel(n, c) for n in calls), default=0) <= _BUDGET]
-    gathering = [c for c in fitting if max((_gathered(n, c) for n in calls), default=0) <= _BUDGET]
-    return (gathering or fitting or candidates[-1:])[0]
+    return (fitting or candidates[-1:])[0]
 
 
 def _gathered(node: Node, sizes: Sizes) -> int:
-    """How many numbers a fused op's weights have when each pair gathers its expert's; 0 for other nodes."""
-    if node.target not in (ops.EXPERTS, ops.MOE):
-        return 0
-    x, params, text = node.args[0], node.args[3 if node.target is ops.EXPERTS else 2], str(node.args[-1])
-    assert isinstance(x, Node) and isinstance(params, (list, tuple))
-    slots = shape(node.args[1])[1] if node.target is ops.EXPERTS else parse(text, MoESpec).top_k  # type: ignore[arg-type]
-    tensors = [p for p in params if isinstance(p, Node)]
-    widest = max(math.prod(_number(s, sizes) for s in shape(p)[1:]) for p in tensors)
+    """How many numbers a fused op's weights have when each pair gathers its expert's."""
+    x, text = node.args[0], str(node.args[-1])
+    assert isinstance(x, Node)
+    slots: int | torch.SymInt
+    if node.target is ops.EXPERTS:
+        assert isinstance(node.args[1], Node)
+        slots = shape(node.args[1])[1]
+    else:
+        slots = parse(text, MoESpec).top_k
+    widest = max(math.prod(_number(s, sizes) for s in shape(p)[1:]) for p in _experts_tensors(node))
     return _number(shape(x)[0], sizes) * _number(slots, sizes) * widest
 
 
@@ -183,27 +190,49 @@ def _experts(new: Node) -> int:
     return (parse(text, ExpertsSpec) if node.target is ops.EXPERTS else parse(text, MoESpec).experts).count
 
 
-def _run(region: list[Node], result: Node, values: dict[Node, Any], sizes: Sizes) -> Tensor:
-    wanted = set(_between(tuple(values), (result,)))
-    for node in region:
-        if node not in wanted or node in values:
-            continue
-        if _is_size(node):
-            values[node] = _number(node.meta["val"], sizes)
-        else:
-            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = _implementation(node, sizes)(*args, **kwargs)
-    found = values[result]
-    assert isinstance(found, Tensor)
-    return found
+@dataclass(frozen=True)
+class _Run:
+    """Runs part of a graph at small sizes, fused ops by stand-ins where both sides hold the same experts."""
+
+    sizes: Sizes
+    stand_ins: bool
+
+    def value(self, result: Node, values: dict[Node, Any]) -> Tensor:
+        """The value of `result`, computed from `values`."""
+        for node in _between(tuple(values), (result,)):
+            if node in values:
+                continue
+            if _is_size(node):
+                values[node] = _number(node.meta["val"], self.sizes)
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = self._implementation(node)(*args, **kwargs)
+        found = values[result]
+        assert isinstance(found, Tensor)
+        return found
+
+    def _implementation(self, node: Node) -> Callable[..., Any]:
+        """A fused op may run in its gathered form, which has no loop over experts, where that is small."""
+        assert callable(node.target)
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target not in STAND_INS:
+            return node.target
+        if self.stand_ins:
+            return STAND_INS[node.target](str(_experts_tensors(node)))
+        small = _gathered(node, self.sizes) <= _GATHERED
+        return decompose.DECOMPOSITIONS[node.target] if small else node.target
 
 
-def _implementation(node: Node, sizes: Sizes) -> Callable[..., Any]:
-    """What computes a node: for a fused op the gathered form where it fits; it has no loop over experts."""
-    assert callable(node.target)
-    if isinstance(node.target, torch._ops.OpOverload) and 0 < _gathered(node, sizes) <= _BUDGET:
-        return decompose.DECOMPOSITIONS[node.target]
-    return node.target
+def _experts_tensors(node: Node) -> list[Node]:
+    """The expert tensors a fused op reads."""
+    params = node.args[3 if node.target is ops.EXPERTS else 2]
+    assert isinstance(params, (list, tuple))
+    return [p for p in params if isinstance(p, Node)]
+
+
+def _only_of_experts(parameter: Node, region: list[Node]) -> bool:
+    """Whether a parameter is read in this region by fused ops alone, as a tensor of their experts."""
+    inside = [u for u in parameter.users if u in region]
+    return all(u.target in STAND_INS and parameter in _experts_tensors(u) for u in inside)
 
 
 def _contraction(graph: ProgramGraph, parameter: Node) -> int:

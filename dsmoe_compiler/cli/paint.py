@@ -32,7 +32,7 @@ def print_report(to: Console, report: Report) -> None:
         return
     story = tell(report, min(to.width, WIDEST))
     good = report.fused == len(report.layers)
-    to.print(Text(story.headline, style="bold green" if good else "bold yellow"))
+    print_lines(to, story.headline, style="bold green" if good else "bold yellow")
     for grid, lines in ((story.layers, story.legend), (story.passes, ()), (None, story.remarks)):
         if grid or lines:
             to.print()

@@ -22,7 +22,7 @@ Cell: TypeAlias = Callable[[MoESpec], str]
 class Story:
     """`layers` is None where there are none; `legend` says once what is the same in every row of it."""
 
-    headline: str
+    headline: tuple[str, ...]
     layers: Grid | None
     legend: tuple[str, ...]
     passes: Grid | None
@@ -38,7 +38,7 @@ def tell(report: Report, width: int) -> Story:
     layers, shortened = (None, False) if not report.layers else _map(report.layers, width)
     legend = [*_common(report.layers), *(_whole_specs(report.layers) if shortened else [])]
     return Story(
-        _headline(report),
+        tuple(_wrapped([_headline(report)], width)),
         layers,
         tuple(_wrapped(legend, width)),
         _passes(report.passes) if report.passes else None,

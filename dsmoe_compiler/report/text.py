@@ -23,7 +23,7 @@ def render(report: Report) -> str:
     """
     story = tell(report, WIDTH)
     blocks = [
-        [story.headline],
+        [*story.headline],
         [*(story.layers.lines() if story.layers else ()), *story.legend],
         [*(story.passes.lines() if story.passes else ())],
         [*story.remarks],

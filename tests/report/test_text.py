@@ -94,3 +94,8 @@ def test_str_is_the_text(mixed: Report) -> None:
 def test_a_layer_that_is_the_model_itself_has_a_name() -> None:
     layer = LayerReport("", "dense", False, None, Refusal("R305", "NaN"), "a.py:1")
     assert "\n(model)     as written" in render(Report("M", "export", (layer,), ()))
+
+
+def test_a_long_headline_is_folded() -> None:
+    text = render(Report("MixtralForCausalLM" * 2, "experts_implementation=grouped_mm", (), ()))
+    assert text.endswith("no Mixture-of-Experts layers; the model\n    runs unchanged")
