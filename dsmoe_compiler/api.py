@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from dsmoe_compiler import pipeline as passes
 from dsmoe_compiler.capture import Captured, CaptureMode
 from dsmoe_compiler.capture import capture as capture_model
-from dsmoe_compiler.inputs import Inputs
+from dsmoe_compiler.functions import as_module
 from dsmoe_compiler.ir.errors import CaptureError, InputError, NotFused, Refusal
 from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.ir.passes import Pass
 from dsmoe_compiler.pipeline import Progress, Verify
-from dsmoe_compiler.program import Program
-from dsmoe_compiler.replay import Replayed, replay
+from dsmoe_compiler.program import Program, name_outputs
+from dsmoe_compiler.replay import replay
 from dsmoe_compiler.report.report import PassReport, Report
 from dsmoe_compiler.runtime.lower import BACKENDS, Backend, choose
 
@@ -58,20 +58,18 @@ def compile(
         CaptureError: the model cannot be turned into a graph that computes the same.
         InputError: the arguments are not what is described here. NotFused: see `require_fused`.
     """
-    _check_choices(backend=(backend, BACKENDS), capture=(capture, get_args(CaptureMode)), verify=(verify, get_args(Verify)))
-    kwargs = dict(kwargs or {})
-    captured, seconds = _captured(model, args, kwargs, dynamic_shapes, capture, progress)
-    graph = ProgramGraph(captured.exported)
-    if graph.on_meta():
-        raise InputError("the model is on the meta device and has no weights: use inspect, or load its weights")
-    chosen = choose(backend, captured.exported)
-    nodes = len(graph.nodes)
-    outcome = passes.run(graph, passes.DEFAULT if pipeline is None else tuple(pipeline), verify, progress)
-    first = PassReport("capture", seconds, 0, nodes, True, None)
-    report = Report(_name(model), captured.how, outcome.layers, (first, *outcome.passes), chosen, None, outcome.remarks)
-    program = _lowered(captured, report, chosen, progress)
-    if verify == "numeric" and not isinstance(model, ExportedProgram) and not _is_random(captured.exported):
-        program = _checked(model, program, (tuple(args), kwargs), dynamic_shapes, capture, progress)
+    _check_choices(
+        backend=(backend, BACKENDS),
+        capture=(capture, get_args(CaptureMode)),
+        verify=(verify, get_args(Verify)),
+    )
+    request = _request(model, args, kwargs, dynamic_shapes, capture)
+    if request.on_meta():
+        raise InputError(
+            "the model is on the meta device and has no weights: use inspect, or load its weights"
+        )
+    steps = passes.DEFAULT if pipeline is None else tuple(pipeline)
+    program = _compiled(request, backend, steps, verify, progress)
     if require_fused:
         _require_fused(program.report)
     return program
@@ -91,27 +89,119 @@ def inspect(
     Arguments and errors as for `compile`.
     """
     _check_choices(capture=(capture, get_args(CaptureMode)))
-    captured, seconds = _captured(model, args, dict(kwargs or {}), dynamic_shapes, capture, progress)
-    graph = ProgramGraph(captured.exported)
-    nodes = len(graph.nodes)
-    outcome = passes.run(graph, passes.DEFAULT, "off", progress)
-    first = PassReport("capture", seconds, 0, nodes, True, None)
-    return Report(_name(model), captured.how, outcome.layers, (first, *outcome.passes), None, None, outcome.remarks)
+    captured, first = _captured(_request(model, args, kwargs, dynamic_shapes, capture), False, progress)
+    outcome = passes.run(ProgramGraph(captured.exported), passes.DEFAULT, "off", progress)
+    return Report(
+        _name(model), captured.how, outcome.layers, (first, *outcome.passes), None, None, outcome.remarks
+    )
 
 
-def _captured(
+@dataclass(frozen=True)
+class _Request:
+    """What the user asked to have captured."""
+
+    model: Model
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dynamic_shapes: Any
+    mode: CaptureMode
+
+    def captured(self, exact: bool) -> Captured:
+        """A graph of it; see `capture.capture`."""
+        return capture_model(
+            self.model,
+            self.args,
+            self.kwargs,
+            dynamic_shapes=self.dynamic_shapes,
+            mode=self.mode,
+            exact=exact,
+        )
+
+    def on_meta(self) -> bool:
+        """Whether any tensor of the model has no storage."""
+        state = (
+            self.model.state_dict
+            if isinstance(self.model, ExportedProgram)
+            else as_module(self.model).state_dict()
+        )
+        return any(isinstance(t, Tensor) and t.is_meta for t in state.values())
+
+    def runnable(self) -> tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]] | None:
+        """What a program is compared with, and the example to begin with; None for an exported program without one."""
+        if not isinstance(self.model, ExportedProgram):
+            return self.model, (self.args, self.kwargs)
+        example = (self.args, self.kwargs) if self.args or self.kwargs else self.model.example_inputs
+        return None if example is None else (self.model.module(check_guards=False), example)
+
+
+def _request(
     model: Model,
     args: Sequence[Any],
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
     mode: CaptureMode,
+) -> _Request:
+    """Raises InputError when these cannot be a call."""
+    if isinstance(model, Program):
+        raise InputError("this program is compiled already: give the model it was compiled from")
+    if not isinstance(args, (tuple, list)):
+        raise InputError(
+            f"args is a {type(args).__name__}: give the positional arguments as a tuple, args=(x,)"
+        )
+    if not isinstance(kwargs, (Mapping, type(None))):
+        raise InputError(f"kwargs is a {type(kwargs).__name__}: give the arguments by name as a dict")
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+        raise InputError(f"dynamic_shapes={dynamic_shapes!r}: give 'auto', None, or torch.export's own form")
+    return _Request(model, tuple(args), dict(kwargs or {}), dynamic_shapes, mode)
+
+
+def _compiled(
+    request: _Request,
+    backend: str,
+    steps: tuple[Pass, ...],
+    verify: Verify,
     progress: Progress | None,
-) -> tuple[Captured, float]:
+    exact: bool = False,
+) -> Program:
+    captured, first = _captured(request, exact, progress)
+    chosen = choose(backend, captured.exported)
+    random = _is_random(captured.exported)
+    outcome = passes.run(ProgramGraph(captured.exported), steps, verify, progress)
+    name_outputs(captured.exported)
+    passed = (first, *outcome.passes)
+    report = Report(_name(request.model), captured.how, outcome.layers, passed, chosen, None, outcome.remarks)
+    program = _lowered(captured, report, chosen, progress)
+    against = request.runnable()
+    if verify == "off" or random or against is None:
+        return program
+    if progress:
+        progress("check")
+    start = time.perf_counter()
+    replayed = replay(against[0], program, program.inputs, against[1])
+    if replayed.wrong:
+        plain = _unfused(request, program, replayed.wrong, exact)
+        replayed = replay(against[0], plain, plain.inputs, against[1])
+        if replayed.wrong and not exact and plain.inputs.doubtful:
+            return _compiled(request, backend, steps, verify, progress, exact=True)
+        if replayed.wrong:
+            raise CaptureError(
+                f"cannot capture {report.model}: the graph gives other numbers than the model on {replayed.wrong}; "
+                "its code depends on values, sizes or earlier calls in a way that tracing does not see"
+            )
+        program = plain
+    nodes = len(program.module.graph.nodes)
+    check = PassReport("check", time.perf_counter() - start, nodes, nodes, False, replayed.error)
+    report = program.report
+    return program.with_report(replace(report, program_error=replayed.error, passes=(*report.passes, check)))
+
+
+def _captured(request: _Request, exact: bool, progress: Progress | None) -> tuple[Captured, PassReport]:
     if progress:
         progress("capture")
     start = time.perf_counter()
-    captured = capture_model(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=mode)
-    return captured, time.perf_counter() - start
+    captured = request.captured(exact)
+    nodes = len(captured.exported.graph.nodes)
+    return captured, PassReport("capture", time.perf_counter() - start, 0, nodes, True, None)
 
 
 def _lowered(captured: Captured, report: Report, backend: Backend, progress: Progress | None) -> Program:
@@ -119,58 +209,22 @@ def _lowered(captured: Captured, report: Report, backend: Backend, progress: Pro
         progress("lower")
     start = time.perf_counter()
     before = len(captured.exported.graph.nodes)
-    program = Program(captured.exported, captured.call, report, backend)
+    program = Program(captured.exported, captured.call, captured.outputs, report, backend)
     nodes = len(program.module.graph.nodes)
     lowering = PassReport("lower", time.perf_counter() - start, before, nodes, nodes != before, None)
     return program.with_report(replace(report, passes=(*report.passes, lowering)))
 
 
-def _checked(
-    model: Model,
-    program: Program,
-    example: tuple[tuple[Any, ...], dict[str, Any]],
-    dynamic_shapes: Any,
-    mode: CaptureMode,
-    progress: Progress | None,
-) -> Program:
-    """The program if it computes what the model does; else the captured graph alone, its layers refused."""
-    if progress:
-        progress("check")
-    assert callable(model)
-    start = time.perf_counter()
-    replayed = replay(model, program, program.inputs, example)
-    if not replayed.wrong:
-        check = PassReport("check", time.perf_counter() - start, 0, 0, False, replayed.error)
-        report = replace(program.report, program_error=replayed.error, passes=(*program.report.passes, check))
-        return program.with_report(report)
-    return _unfused(model, program, example, dynamic_shapes, mode, replayed)
-
-
-def _unfused(
-    model: Model,
-    program: Program,
-    example: tuple[tuple[Any, ...], dict[str, Any]],
-    dynamic_shapes: Any,
-    mode: CaptureMode,
-    replayed: Replayed,
-) -> Program:
-    """Whose fault is it? A plain capture that is wrong too is a CaptureError; else every layer is refused."""
-    assert callable(model)
-    plain = capture_model(model, *example, dynamic_shapes=dynamic_shapes, mode=mode)
-    report = program.report
-    refusal = Refusal("R501", f"with it the program gives other numbers than the model ({replayed.wrong})")
+def _unfused(request: _Request, program: Program, wrong: str, exact: bool) -> Program:
+    """The captured graph alone, every layer refused because the whole came out wrong."""
+    plain = request.captured(exact)
+    refusal = Refusal("R501", f"with it the program gives other numbers than the model ({wrong})")
     layers = tuple(
         replace(x, fused=False, spec=None, refusal=replace(refusal, source=x.source)) if x.fused else x
-        for x in report.layers
+        for x in program.report.layers
     )
-    unfused = Program(plain.exported, plain.call, replace(report, layers=layers), program.backend)
-    again = replay(model, unfused, unfused.inputs, example)
-    if again.wrong:
-        raise CaptureError(
-            f"cannot capture {_name(model)}: the graph gives other numbers than the model on {again.wrong}; "
-            "its code depends on values or sizes in a way that tracing does not see"
-        )
-    return unfused.with_report(replace(unfused.report, program_error=again.error))
+    report = replace(program.report, layers=layers)
+    return Program(plain.exported, plain.call, plain.outputs, report, program.backend)
 
 
 def _require_fused(report: Report) -> None:
@@ -181,7 +235,8 @@ def _require_fused(report: Report) -> None:
 
 def _is_random(exported: ExportedProgram) -> bool:
     """Whether two runs differ by design (dropout in training mode, jitter), so that comparing them says nothing."""
-    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) and _draws(n) for n in exported.graph.nodes)
+    seeded = torch.Tag.nondeterministic_seeded
+    return any(seeded in getattr(n.target, "tags", ()) and _draws(n) for n in exported.graph.nodes)
 
 
 def _draws(node: Node) -> bool:
@@ -189,8 +244,8 @@ def _draws(node: Node) -> bool:
     assert isinstance(node.target, torch._ops.OpOverload)
     given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
     if "dropout_p" in given or "attention" in node.target._schema.name:
-        return given.get("dropout_p", 0.0) != 0.0
-    return given.get("train", True) is not False and given.get("p", 1.0) != 0.0
+        return bool(given.get("dropout_p", 0.0) != 0.0)
+    return bool(given.get("train", True) is not False and given.get("p", 1.0) != 0.0)
 
 
 def _check_choices(**choices: tuple[object, Sequence[object]]) -> None:
@@ -200,4 +255,6 @@ def _check_choices(**choices: tuple[object, Sequence[object]]) -> None:
 
 
 def _name(model: Model) -> str:
-    return type(model).__name__ if isinstance(model, (nn.Module, ExportedProgram)) else getattr(model, "__name__", "function")
+    if isinstance(model, (nn.Module, ExportedProgram)):
+        return type(model).__name__
+    return getattr(model, "__name__", type(model).__name__)

@@ -10,35 +10,53 @@ experts implementation is switched back, whatever way the capture ends.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import ExportGraphSignature
 from torch.fx.experimental import _config as shapes_config
 from torch.utils import _pytree as pytree
 
-from dsmoe_compiler.inputs import CallSignature
+from dsmoe_compiler.functions import as_module
+from dsmoe_compiler.inputs import CallSignature, Inputs
 from dsmoe_compiler.ir.errors import CaptureError, InputError
+from dsmoe_compiler.outputs import Structure
+from dsmoe_compiler.preserve import buffers_kept, preserved
+from dsmoe_compiler.quiet import silenced
+from dsmoe_compiler.resize import resized
 
 CaptureMode = Literal["auto", "as_written"]
+Example = tuple[tuple[Any, ...], dict[str, Any]]
 # Traced in place of sizes 0 and 1, by dimension: unequal to each other and to the widths models have.
 _STAND_IN_SIZES = (3, 7, 5, 11)
 
 
+# Where torch's tracer tells at length what the raised exception says as well.
+_TALKATIVE = (
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._subclasses.fake_tensor",
+    "torch._export.non_strict_utils",
+)
+
+
 @dataclass(frozen=True)
 class Captured:
-    """A graph of its own (no tensor copied), how to call it, and how it was obtained."""
+    """A graph of its own (no tensor copied) that returns a flat tuple, how to call it, what its outputs become, and
+    how it was obtained."""
 
     exported: ExportedProgram
     call: CallSignature
+    outputs: Structure
     how: str
 
 
@@ -49,114 +67,125 @@ def capture(
     *,
     dynamic_shapes: Any = "auto",
     mode: CaptureMode = "auto",
+    exact: bool = False,
 ) -> Captured:
     """Export `model` called as model(*args, **kwargs).
 
     `mode="auto"` may let a transformers model run its exportable experts implementation while it is traced;
-    "as_written" traces what would run. Raises CaptureError naming the line that cannot be captured, InputError when
-    `model` is nothing that can be called.
+    "as_written" traces what would run. Without `exact`, sizes 0 and 1 are taken to behave as others do, until a replay
+    says otherwise; dynamic shapes of the user's own are always held to. Raises CaptureError naming the line that cannot be captured, InputError when
+    `model` is nothing that can be called or the arguments do not fit it.
     """
-    args, kwargs = tuple(args), dict(kwargs or {})
     if isinstance(model, ExportedProgram):
-        return Captured(_own(model), CallSignature.of_exported(model), "exported program")
+        captured = _own(model)
+        if args or kwargs:
+            Inputs(captured.exported, captured.call).bind(args, kwargs or {})
+        return captured
     module = as_module(model)
-    args, kwargs = _on_device_of(module, (args, kwargs))
-    call = CallSignature.of_call(module.forward, args, kwargs)
+    example = _unlike(_on_device_of(module, (tuple(args), dict(kwargs or {}))))
+    call = replace(CallSignature.of_call(module.forward, *example), exact=exact or dynamic_shapes != "auto")
     failures: list[Exception] = []
-    for attempt in _attempts(module, args, kwargs, dynamic_shapes, mode):
+    for attempt in _attempts(module, example, dynamic_shapes, mode):
         try:
-            with _preserved(module), attempt.context():
-                exported = _export(module, attempt.args, attempt.kwargs, attempt.shapes)
-            return Captured(exported, call, attempt.how)
+            exported, outputs = _traced(module, attempt)
+            Inputs(exported, call).bind(*example)
+            return Captured(exported, call, outputs, attempt.how)
+        except CaptureError:
+            raise
         except Exception as e:  # whatever a model's own code raises while traced
             failures.append(e)
-    raise _explain(model, failures[-1]) from failures[-1]
-
-
-def as_module(model: object) -> nn.Module:
-    """The module itself, or a module that calls the function and owns the modules and tensors it closes over."""
-    if isinstance(model, nn.Module):
-        return model
-    if not callable(model):
-        raise InputError(f"cannot compile a {type(model).__name__}: give a module, a function or an ExportedProgram")
-    return _Function(model)
-
-
-class _Function(nn.Module):
-    """A function as a module: what it closes over is registered, so that its parameters are parameters."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        for name, owned in _closed_over(function).items():
-            if isinstance(owned, nn.Module):
-                self.add_module(name, owned)
-            elif isinstance(owned, nn.Parameter):
-                self.register_parameter(name, owned)
-            else:
-                self.register_buffer(name, owned)
-
-        @functools.wraps(function)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
-
-        self.forward = forward
-
-
-def _closed_over(function: Callable[..., Any]) -> dict[str, nn.Module | Tensor]:
-    bound = getattr(function, "__self__", None)
-    found: dict[str, object] = {"self": bound} if isinstance(bound, nn.Module) else {}
-    while isinstance(function, functools.partial):
-        function = function.func
-    plain = inspect.unwrap(getattr(function, "__func__", function))
-    if inspect.isfunction(plain):
-        variables = inspect.getclosurevars(plain)
-        found |= {**variables.globals, **variables.nonlocals}
-    owner = {name: value for name, value in found.items() if isinstance(value, (nn.Module, Tensor))}
-    return {("model" if name == "self" else name): value for name, value in owner.items()}
+    what_to_do = "try an example of other sizes, or dynamic_shapes of your own"
+    if dynamic_shapes != "auto":
+        what_to_do = 'correct dynamic_shapes, or leave it "auto"'
+    raise _explain(model, module, example, failures[-1], what_to_do) from failures[-1]
 
 
 @dataclass(frozen=True)
 class _Attempt:
+    """One way to export: the example to trace with, its dynamic shapes, and the experts implementation to switch to."""
+
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     shapes: Any
-    how: str
-    context: Callable[[], Any]
+    experts: str | None
+
+    @property
+    def how(self) -> str:
+        """For the report."""
+        return f"experts_implementation={self.experts}" if self.experts else "plain export"
 
 
 def _attempts(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, mode: CaptureMode
+    module: nn.Module, example: Example, dynamic_shapes: Any, mode: CaptureMode
 ) -> Iterator[_Attempt]:
     """Ways to export, best first: the exportable experts implementation, then as written; sizes of 1 replaced first."""
-    switches: list[tuple[str, Callable[[], Any]]] = [("plain export", ExitStack)]
-    configs = _configs_with_experts(module) if mode == "auto" else []
-    if configs:
-        switches.insert(0, ("experts_implementation=grouped_mm", lambda: _experts_implementation(configs, "grouped_mm")))
-    for how, context in switches:
+    switchable = mode == "auto" and any(hasattr(c, "_experts_implementation") for c in _configs(module))
+    for experts in ("grouped_mm", None) if switchable else (None,):
         if dynamic_shapes != "auto":
-            yield _Attempt(args, kwargs, dynamic_shapes, how, context)
+            yield _Attempt(*example, dynamic_shapes, experts)
             continue
-        for grown_args, grown_kwargs in _grown((args, kwargs)):
-            shapes = _every_size((grown_args, grown_kwargs))
-            yield _Attempt(grown_args, grown_kwargs, shapes, how, context)
+        for grown in _grown(example):
+            yield _Attempt(*grown, _every_size(grown), experts)
 
 
-def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    sizes = shapes_config.patch(backed_size_oblivious=True, use_duck_shape=False)
-    with torch.no_grad(), sizes:
-        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+class _Stopped(Exception):
+    """Carries what a forward raised past torch.export, which prints the graph of a data-dependent error it sees."""
+
+
+def _traced(module: nn.Module, attempt: _Attempt) -> tuple[ExportedProgram, Structure]:
+    """The graph and the structure of its outputs; the module, its configurations and torch's settings put back."""
+    structures: list[Structure] = []
+
+    def take_apart(_module: nn.Module, _args: Any, output: Any) -> tuple[Any, ...]:
+        structure, values = Structure.of(output)
+        structure.build(values)
+        structures.append(structure)
+        return tuple(values) or (None,)  # torch cannot save a graph that returns nothing
+
+    sizes = shapes_config.patch(backed_size_oblivious=True, use_duck_shape=False)  # type: ignore[attr-defined]
+    with preserved(module), torch.no_grad(), sizes, silenced(*_TALKATIVE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attribute")  # set in forward: it is taken back
+        _prepare_configs(module, attempt.experts)
+        module.forward = _stopping(module.forward, attempt.kwargs)
+        module.register_forward_hook(take_apart)
+        try:
+            exported = torch.export.export(
+                module, attempt.args, attempt.kwargs, dynamic_shapes=attempt.shapes, strict=False
+            )
+        except _Stopped as e:
+            assert isinstance(e.__cause__, Exception)
+            raise e.__cause__ from None
+    return exported, structures[-1]
+
+
+def _stopping(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    """The same forward, its exceptions carried by `_Stopped`, its **kwargs spelled out: torch.export cannot name them."""
+
+    @functools.wraps(forward)
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except Exception as e:
+            raise _Stopped from e
+
+    signature = inspect.signature(forward)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    surplus = [k for k in kwargs if k not in signature.parameters]
+    parameters += [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY) for k in surplus]
+    stopping.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return stopping
 
 
 def _every_size(example: Any) -> ShapesCollection:
     """Dim.AUTO for every dimension of every tensor."""
-    shapes = ShapesCollection()
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     for leaf in pytree.tree_leaves(example):
         if isinstance(leaf, Tensor):
             shapes[leaf] = {d: Dim.AUTO for d in range(leaf.dim())}
     return shapes
 
 
-def _grown(example: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _grown(example: Example) -> Iterator[Example]:
     """The example with its first two dimensions of size 0 or 1 at other sizes, then only the first, then as it is."""
     seen = set[tuple[object, ...]]()
     for dims in ((0, 1), (0,), ()):
@@ -176,11 +205,19 @@ def _stretched(leaf: Any, dims: tuple[int, ...]) -> Any:
     return leaf
 
 
-def resized(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """The tensor with another size along one dimension: its own values repeated, zeros where it had none."""
-    if tensor.shape[dim] == 0:
-        return tensor.new_zeros([size if d == dim else s for d, s in enumerate(tensor.shape)])
-    return tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+def _unlike(example: Example) -> Example:
+    """The example with no tensor in two places: tracing would take the two for one."""
+    seen = set[int]()
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        again = id(leaf) in seen
+        seen.add(id(leaf))
+        return leaf.clone() if again else leaf
+
+    args, kwargs = pytree.tree_map(own, example)
+    return args, kwargs
 
 
 def _on_device_of(module: nn.Module, example: Any) -> Any:
@@ -191,69 +228,102 @@ def _on_device_of(module: nn.Module, example: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, example)
 
 
-@contextmanager
-def _preserved(module: nn.Module) -> Iterator[None]:
-    """Every attribute of every submodule is afterwards what it was: tracing leaves fake tensors in caches."""
-    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in module.modules()]
-    try:
-        yield
-    finally:
-        for submodule, *kept in before:
-            live = (submodule.__dict__, submodule._parameters, submodule._buffers, submodule._modules)
-            for now, then in zip(live, kept, strict=True):
-                if now.keys() != then.keys() or any(now[k] is not then[k] for k in then):
-                    now.clear()
-                    now.update(then)
-
-
-def _configs_with_experts(module: nn.Module) -> list[Any]:
-    """The distinct configurations in the model that choose how its experts run (transformers' convention)."""
-    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
-    return [c for c in configs.values() if hasattr(c, "_experts_implementation")]
-
-
-@contextmanager
-def _experts_implementation(configs: list[Any], name: str) -> Iterator[None]:
-    before = [(c, c._experts_implementation) for c in configs]
-    try:
-        for c in configs:
-            c._experts_implementation = name
-        yield
-    finally:
-        for c, chosen in before:
-            c._experts_implementation = chosen
-
-
-def _own(program: ExportedProgram) -> ExportedProgram:
-    """The same program with a graph of its own and the same tensors."""
-    graph_module = torch.fx.GraphModule(program.graph_module, torch.fx.Graph())
-    graph_module.graph.output(graph_module.graph.graph_copy(program.graph, {}))
-    graph_module.meta = dict(program.graph_module.meta)
-    return ExportedProgram(
-        root=graph_module,
-        graph=graph_module.graph,
-        graph_signature=program.graph_signature,
-        state_dict=program.state_dict,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=program.constants,
-        verifiers=program.verifiers,
+def _configs(module: nn.Module) -> list[Any]:
+    """The distinct configurations in the model (transformers' convention)."""
+    return list(
+        {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}.values()
     )
 
 
-def _explain(model: object, failure: Exception) -> CaptureError:
+def _prepare_configs(module: nn.Module, experts: str | None) -> None:
+    """Have a transformers model return no cache, and run the experts implementation asked for."""
+    for config in _configs(module):
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+        if experts is not None and hasattr(config, "_experts_implementation"):
+            config._experts_implementation = experts
+
+
+def _own(program: ExportedProgram) -> Captured:
+    """The same program with a graph of its own that returns a flat tuple, and the same tensors."""
+    whole, entry = program.module_call_graph[0].signature, program.module_call_graph[0]
+    assert whole is not None
+    # A tensor stands for each output, whatever it is: only where it goes matters here.
+    markers = [torch.empty(0)] * whole.out_spec.num_leaves
+    structure, values = Structure.of(pytree.tree_unflatten(markers, whole.out_spec))
+    if len(values) != len(markers):
+        raise InputError("the exported program returns a cache: export the model with use_cache=False")
+    flat = replace(whole, out_spec=pytree.tree_structure(tuple(markers)))
+    graph_module = _copied(program.graph_module)
+    owned = ExportedProgram(
+        root=graph_module,
+        graph=graph_module.graph,
+        graph_signature=ExportGraphSignature(
+            list(program.graph_signature.input_specs), list(program.graph_signature.output_specs)
+        ),
+        state_dict=dict(program.state_dict),
+        range_constraints=program.range_constraints,
+        module_call_graph=[replace(entry, signature=flat), *program.module_call_graph[1:]],
+        example_inputs=program.example_inputs,
+        constants=dict(program.constants),
+        verifiers=program.verifiers,
+    )
+    owned._guards_code = list(program._guards_code)
+    return Captured(owned, CallSignature.of_exported(owned), structure, "exported program")
+
+
+def _copied(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    results = graph.graph_copy(graph_module.graph, {}, return_output_node=True)
+    assert isinstance(results, tuple)
+    values, output = results
+    graph.output(values).meta.update(output.meta)
+    copied = torch.fx.GraphModule(graph_module, graph)
+    copied.meta = dict(graph_module.meta)
+    return copied
+
+
+def _explain(
+    model: object, module: nn.Module, example: Example, failure: Exception, what_to_do: str
+) -> CaptureError | InputError:
     """One line: what could not be captured, on which line of the user's code, and what to do."""
-    name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", str(model))
-    reason = next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
+    name = (
+        type(model).__name__
+        if isinstance(model, nn.Module)
+        else getattr(model, "__name__", type(model).__name__)
+    )
+    if (raised := _raised(module, example)) is not None:
+        return InputError(f"{name} itself fails on the example inputs{_place(raised)}: {_reason(raised)}")
+    if "data-dependent" in str(failure).lower() or "DataDependent" in type(failure).__name__:
+        what_to_do = (
+            "the graph may not depend on the values of tensors: remove the branch or the loop over data"
+        )
+    return CaptureError(f"cannot capture {name}{_place(failure)}: {_reason(failure)}; {what_to_do}")
+
+
+def _raised(module: nn.Module, example: Example) -> Exception | None:
+    """What calling the model on the example raises; a model without values cannot be called."""
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        return None
+    try:
+        with preserved(module), buffers_kept(module), torch.no_grad():
+            module(*example[0], **example[1])
+    except Exception as e:  # the user's code may raise anything
+        return e
+    return None
+
+
+def _reason(failure: Exception) -> str:
+    line = next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
+    return line[:200].rstrip(".;: ")
+
+
+def _place(failure: Exception) -> str:
+    """The innermost line outside torch and this package, if there is one."""
     frames = traceback.extract_tb(failure.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and not _is_ours(f.filename)]
-    where = f" at {Path(own[-1].filename).name}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""
-    hint = "the graph may not depend on the values of tensors: remove the branch or the loop over data"
-    if "data-dependent" not in str(failure).lower() and "DataDependent" not in type(failure).__name__:
-        hint = "call the model eagerly with these inputs first; if that works, pass dynamic_shapes of your own"
-    return CaptureError(f"cannot capture {name}{where}: {reason[:200]}; {hint}")
+    own = [f for f in frames if f.line and "/torch/" not in f.filename and not _is_ours(f.filename)]
+    return f" at {Path(own[-1].filename).name}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""
 
 
 def _is_ours(filename: str) -> bool:
-    return filename == __file__
+    return Path(filename).parent == Path(__file__).parent or filename == contextlib.__file__

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from dsmoe_compiler.guards import Condition, Dimension, conditions
 from dsmoe_compiler.ir.errors import InputError, ShapeError
 
 
@@ -23,21 +25,27 @@ class CallSignature:
     """The model's parameters by name, and which of them the captured call passed by position and by keyword.
 
     `defaults` holds those of the model's defaults that survive JSON: passing a default explicitly changes nothing.
+    `exact` says whether "neither 0 nor 1", which tracing assumes of sizes lightly, is held to.
     """
 
     names: tuple[str, ...]
     positional: int
     keywords: tuple[str, ...]
     defaults: Mapping[str, Any]
+    exact: bool = False
 
     @staticmethod
-    def of_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallSignature:
+    def of_call(
+        function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> CallSignature:
         """Of `function` called as function(*args, **kwargs). Raises InputError when it cannot be called so."""
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(function)
+        parameters = signature.parameters
         try:
-            inspect.signature(function).bind(*args, **kwargs)
+            signature.bind(*args, **kwargs)
         except TypeError as e:
-            raise InputError(f"the example inputs do not fit {getattr(function, '__qualname__', function)}: {e}") from e
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise InputError(f"the example inputs do not fit {name}: {e}") from e
         by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         names = tuple(n for n, p in parameters.items() if p.kind in by_position)
         plain = (bool, int, float, str, type(None))
@@ -46,21 +54,21 @@ class CallSignature:
 
     @staticmethod
     def of_exported(program: ExportedProgram) -> CallSignature:
-        """Of an exported program, whose inputs keep the names of its graph."""
+        """Of an exported program: it knows the parameters it was called with, not those that were left out."""
         spec = program.call_spec.in_spec
         assert spec is not None
         args, kwargs = spec.children()
-        users = [str(u) for u in program.graph_signature.user_inputs]
-        whole = all(child.is_leaf() for child in args.children())
-        names = tuple(users[: args.num_children]) if whole else ()
-        return CallSignature(names, args.num_children, tuple(kwargs.context or ()), {})
+        names = _argument_names(program)[: args.num_children]
+        return CallSignature(tuple(names), args.num_children, tuple(kwargs.context or ()), {})
 
 
 @dataclass(frozen=True)
 class _Leaf:
-    """One flat input: its name for messages, and the captured tensor's sizes, dtype and device, or the constant."""
+    """One flat input: its name for messages and in guards, and the captured tensor's sizes, dtype and device, or the
+    constant."""
 
     name: str
+    guarded: str
     sizes: tuple[sympy.Expr, ...] | None
     dtype: torch.dtype | None
     device: torch.device | None
@@ -77,10 +85,12 @@ class Inputs:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments in the captured structure. Raises InputError on a missing or surplus one, ShapeError on a
         tensor whose rank, size or dtype was not captured."""
-        bound = self._arrange(args, kwargs)
+        bound = _in_order_of(self._spec, self._arrange(args, kwargs))
         leaves, spec = pytree.tree_flatten(bound)
         if spec != self._spec:
-            raise InputError(f"the arguments have another structure than the captured call: {spec} and {self._spec}")
+            raise InputError(
+                f"the arguments have another structure than the captured call: {_shown(spec, self._spec)}"
+            )
         checked = self._check(leaves)
         return pytree.tree_unflatten(checked, spec)  # type: ignore[no-any-return]
 
@@ -103,26 +113,34 @@ class Inputs:
             if size.is_Symbol
         }
 
-    def admits(self, symbol: sympy.Expr, size: int) -> bool:
-        """Whether a symbolic size may have this number."""
-        low, high = self._range(symbol)
-        return size >= low and (high is None or size <= high)
-
     def leaf_sizes(self) -> list[tuple[sympy.Expr, ...] | None]:
         """The captured sizes of every flat input, None for one that is no tensor."""
         return [leaf.sizes for leaf in self._leaves]
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether tracing assumed of any size that it is neither 0 nor 1, and this is not held to."""
+        held = replace(self, call=replace(self.call, exact=True))
+        return len(held._conditions) > len(self._conditions) or held.ranges() != self.ranges()
+
     @cached_property
     def _spec(self) -> pytree.TreeSpec:
-        assert self.exported.call_spec.in_spec is not None
-        return self.exported.call_spec.in_spec
+        spec: pytree.TreeSpec | None = self.exported.call_spec.in_spec
+        assert spec is not None
+        return spec
 
-    def _arrange(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arrange(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = self.call
         names = call.names[: call.positional]
         if len(names) < call.positional or len(args) > len(call.names):
             if len(args) != call.positional or set(kwargs) != set(call.keywords):
-                raise InputError(f"the program takes {call.positional} arguments and {list(call.keywords)} by name")
+                by_name = f", and {', '.join(call.keywords)} by name" if call.keywords else ""
+                raise InputError(
+                    f"{len(args)} arguments by position and {len(kwargs)} by name do not fit: the program takes "
+                    f"{call.positional} by position{by_name}"
+                )
             return tuple(args), {k: kwargs[k] for k in call.keywords}
         given = dict(zip(call.names, args, strict=False))
         if twice := sorted(set(given) & set(kwargs)):
@@ -155,34 +173,64 @@ class Inputs:
         leaves = []
         for spec, path in zip(specs, paths, strict=True):
             value = values.get(spec.arg.name)
-            name = self._leaf_name(path)
+            name, guarded = self._leaf_names(path)
             if isinstance(value, Tensor):
                 sizes = tuple(_expression(s) for s in value.shape)
-                leaves.append(_Leaf(name, sizes, value.dtype, value.device))
+                leaves.append(_Leaf(name, guarded, sizes, value.dtype, value.device))
             else:
-                leaves.append(_Leaf(name, None, None, None, getattr(spec.arg, "value", value)))
+                leaves.append(_Leaf(name, guarded, None, None, None, getattr(spec.arg, "value", value)))
         return tuple(leaves)
 
-    def _leaf_name(self, path: tuple[Any, ...]) -> str:
+    @cached_property
+    def _conditions(self) -> tuple[Condition, ...]:
+        names = {leaf.guarded: leaf.name for leaf in self._leaves if leaf.sizes is not None}
+        found = conditions(self.exported._guards_code, names)
+        return tuple(c for c in found if self.call.exact or not c.doubtful)
+
+    def _leaf_names(self, path: tuple[Any, ...]) -> tuple[str, str]:
+        """A flat input's name for the user and for guards: `d['a']` and `L['d']['a']`."""
         side, key = path[0].idx, path[1]
-        if side == 0:
-            position = key.idx
-            known = position < len(self.call.names)
-            first = self.call.names[position] if known else f"argument {position}"
-        else:
+        known = _argument_names(self.exported)
+        if side == 1:
             first = str(key.key)
-        return first + pytree.keystr(path[2:])
+        else:
+            first = known[key.idx] if key.idx < len(known) else f"argument {key.idx}"
+        below = pytree.keystr(path[2:])
+        surplus = re.fullmatch(r"(.+)_(\d+)", first)
+        if surplus and side == 0 and key.idx >= len(self.call.names):  # xs_1 is the second of *xs
+            return first + below, f"L['{surplus[1]}'][{surplus[2]}]{below}"
+        return first + below, f"L['{first}']{below}"
 
     def _check(self, leaves: list[Any]) -> list[Any]:
         sizes: dict[sympy.Expr, tuple[int, str]] = {}
-        checked = [self._check_leaf(leaf, value, sizes) for leaf, value in zip(self._leaves, leaves, strict=True)]
+        checked = [
+            self._check_leaf(leaf, value, sizes) for leaf, value in zip(self._leaves, leaves, strict=True)
+        ]
+        numbers = {symbol: sympy.Integer(n) for symbol, (n, _) in sizes.items()}
         for leaf, value in zip(self._leaves, leaves, strict=True):
             for dim, size in enumerate(leaf.sizes or ()):
                 if not size.is_Symbol and not size.is_Integer and size.free_symbols <= sizes.keys():
-                    wanted = int(size.xreplace({s: sympy.Integer(n) for s, (n, _) in sizes.items()}))
+                    wanted = int(size.xreplace(numbers))
                     if value.shape[dim] != wanted:
-                        raise ShapeError(f"{leaf.name}: dimension {dim} is {value.shape[dim]}, {wanted} goes with the rest")
+                        found = f"{leaf.name}: dimension {dim} is {value.shape[dim]}"
+                        raise ShapeError(f"{found}, with the other inputs' sizes it must be {wanted}")
+        self._check_conditions(leaves)
         return checked
+
+    def _check_conditions(self, leaves: list[Any]) -> None:
+        """What the model's own branches assumed of the sizes when it was captured."""
+        sizes: dict[Dimension, int] = {}
+        for leaf, value in zip(self._leaves, leaves, strict=True):
+            if leaf.sizes is not None:
+                sizes |= {(leaf.guarded, dim): n for dim, n in enumerate(value.shape)}
+        for condition in self._conditions:
+            if not condition.holds(sizes):
+                places = {leaf.guarded: leaf.name for leaf in self._leaves}
+                name, dim = condition.sizes[0]
+                raise ShapeError(
+                    f"{places[name]}: dimension {dim} is {sizes[name, dim]}, the program takes sizes with "
+                    f"{condition.text} only"
+                )
 
     def _check_leaf(self, leaf: _Leaf, value: Any, sizes: dict[sympy.Expr, tuple[int, str]]) -> Any:
         if leaf.sizes is None:
@@ -202,7 +250,9 @@ class Inputs:
             return value.to(leaf.dtype)
         return value
 
-    def _check_size(self, where: str, size: sympy.Expr, actual: int, sizes: dict[sympy.Expr, tuple[int, str]]) -> None:
+    def _check_size(
+        self, where: str, size: sympy.Expr, actual: int, sizes: dict[sympy.Expr, tuple[int, str]]
+    ) -> None:
         if size.is_Integer:
             if actual != int(size):
                 raise ShapeError(f"{where} is {actual}, the program takes {int(size)} only")
@@ -216,16 +266,40 @@ class Inputs:
                 raise ShapeError(f"{where} is {actual}, but {place} is {known} and they are one size")
 
     def _range(self, symbol: sympy.Expr) -> tuple[int, int | None]:
-        bounds = self.exported.range_constraints.get(symbol)  # type: ignore[call-overload]
+        bounds = self.exported.range_constraints.get(symbol)
         if bounds is None:
             return 0, None
-        # A lower bound of 2 is what tracing assumes of any size, not what the model needs.
-        low = 0 if bounds.lower == 2 else int(max(bounds.lower, 0))
+        low = 0 if bounds.lower == 2 and not self.call.exact else int(max(bounds.lower, 0))
         return low, int(bounds.upper) if bounds.upper.is_Integer else None
 
 
+def _argument_names(program: ExportedProgram) -> list[str]:
+    """The model's names of the arguments of the captured call, positional ones first."""
+    signature = program.module_call_graph[0].signature
+    return list(signature.forward_arg_names or ()) if signature is not None else []
+
+
+def _in_order_of(spec: pytree.TreeSpec, value: Any) -> Any:
+    """The same value with the keys of its dicts in the captured order."""
+    if spec.type is dict and type(value) is dict and value.keys() == set(spec.context):
+        return {
+            k: _in_order_of(child, value[k]) for k, child in zip(spec.context, spec.children(), strict=True)
+        }
+    if spec.type in (tuple, list) and type(value) is spec.type and len(value) == spec.num_children:
+        return spec.type(_in_order_of(child, v) for child, v in zip(spec.children(), value, strict=True))
+    return value
+
+
+def _shown(given: pytree.TreeSpec, captured: pytree.TreeSpec) -> str:
+    """Two structures on one line, tensors as dots."""
+    dots = (
+        str(pytree.tree_unflatten(["…"] * s.num_leaves, s)).replace("'…'", "…") for s in (given, captured)
+    )
+    return " instead of ".join(dots)
+
+
 def _expression(size: int | torch.SymInt) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)  # type: ignore[no-any-return]
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _equal(a: object, b: object) -> bool:

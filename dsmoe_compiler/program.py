@@ -16,15 +16,18 @@ from typing import Any, BinaryIO
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from dsmoe_compiler.inputs import CallSignature, Inputs
 from dsmoe_compiler.ir.errors import InputError, LoadError
+from dsmoe_compiler.outputs import Structure
+from dsmoe_compiler.quiet import silenced
 from dsmoe_compiler.report.report import Report
 from dsmoe_compiler.runtime.lower import Backend, choose, lower
 
 _FORMAT = 1
 _RECORD = "dsmoe.json"
+_TRACES = ("stack_trace", "source_fn_stack", "torch_fn")
 _OVERHEAD = 1.01  # of the weights' size: past this the graph's text is worth a second writing
 
 
@@ -32,18 +35,20 @@ _OVERHEAD = 1.01  # of the weights' size: past this the graph's text is worth a 
 class Program:
     """A model after compilation. It aliases the model's parameters: training or loading one shows in the other.
 
-    `exported` holds the optimised graph with its `dsmoe::` ops, `report` what was found and done.
+    `exported` holds the optimised graph with its `dsmoe::` ops, which returns a flat tuple; `outputs` says what that
+    becomes, `report` what was found and done.
     """
 
     exported: ExportedProgram
     call: CallSignature
+    outputs: Structure
     report: Report
     backend: Backend
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What model(*args, **kwargs) returns. Raises ShapeError or InputError where the inputs do not fit."""
         bound_args, bound_kwargs = self.inputs.bind(args, kwargs)
-        return self.module(*bound_args, **bound_kwargs)
+        return self.outputs.build(self.module(*bound_args, **bound_kwargs))
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -66,10 +71,14 @@ class Program:
         record = {
             "format": _FORMAT,
             "call": {**asdict(self.call), "defaults": dict(self.call.defaults)},
+            "outputs": asdict(self.outputs),
             "report": json.loads(self.report.to_json()),
         }
-        with written_whole(Path(path)) as partial, without_traces(self.exported):
-            torch.export.save(self.exported, partial, extra_files={_RECORD: json.dumps(record)})
+        with written_whole(Path(path)) as partial, _as_stored(self.exported):
+            writer = _Patient(partial)
+            torch.export.save(self.exported, writer, extra_files={_RECORD: json.dumps(record)})  # type: ignore[arg-type]
+            if writer.error is not None:
+                raise writer.error
             if partial.seek(0, os.SEEK_END) > _OVERHEAD * weights_size(self.exported):
                 _compress_texts(partial)
 
@@ -78,34 +87,44 @@ def load(path: str | os.PathLike[str], *, backend: str = "auto") -> Program:
     """A program saved by `Program.save`. Raises LoadError when the file is missing, damaged or another's."""
     path = Path(path)
     if not path.is_file():
-        raise LoadError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise LoadError(f"{path}: not a saved program (or a damaged one); save one with `dsmoe compile MODEL -o {path.name}`")
-    extra = {_RECORD: ""}
+        raise LoadError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give a saved program")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith(_RECORD) for name in archive.namelist()):
-                raise LoadError(f"{path}: a .pt2 file, but not one saved by this package; compile its model instead")
-            if (bad := archive.testzip()) is not None:
-                raise LoadError(f"{path}: damaged at {bad}; save it again")
-        exported = torch.export.load(path, extra_files=extra)
-        record = json.loads(extra[_RECORD])
-        if record["format"] > _FORMAT:
-            raise LoadError(f"{path}: written by a newer version (format {record['format']}); update this package")
+        record = _read_record(path)
+        with silenced("torch.export"):
+            exported = torch.export.load(path)
         call = record["call"]
-        signature = CallSignature(tuple(call["names"]), call["positional"], tuple(call["keywords"]), call["defaults"])
+        names, keywords = tuple(call["names"]), tuple(call["keywords"])
+        signature = CallSignature(names, call["positional"], keywords, call["defaults"], call["exact"])
+        outputs = Structure.from_json(record["outputs"])
         report = Report.from_json(json.dumps(record["report"]))
     except LoadError:
         raise
     except Exception as e:  # a damaged archive may fail anywhere in torch's reader
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise LoadError(f"{path}: cannot be read ({reason[:120]}); save it again") from e
-    return Program(exported, signature, report, choose(backend, exported))
+    return Program(exported, signature, outputs, report, choose(backend, exported))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What was saved beside the graph. Raises LoadError on a file that is damaged, another's or from the future."""
+    if not zipfile.is_zipfile(path):
+        raise LoadError(f"{path}: not a saved program, or a damaged one; `dsmoe compile MODEL -o {path.name}` saves one")
+    with zipfile.ZipFile(path) as archive:
+        entry = next((name for name in archive.namelist() if name.endswith(f"/{_RECORD}")), None)
+        if entry is None:
+            raise LoadError(f"{path}: a zip file, but not a program saved by this package; compile its model instead")
+        if (bad := archive.testzip()) is not None:
+            raise LoadError(f"{path}: damaged at {bad}; save it again")
+        record: dict[str, Any] = json.loads(archive.read(entry))
+    if record["format"] > _FORMAT:
+        raise LoadError(f"{path}: written by a newer version (format {record['format']}); update this package")
+    return record
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when it is complete. Raises InputError when it cannot be written."""
+    path = Path(os.path.realpath(path))
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a file name")
     try:
@@ -115,10 +134,35 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(handle, "w+b") as file:
             yield file
+        os.chmod(partial, path.stat().st_mode if path.exists() else 0o666 & ~_umask())
         os.replace(partial, path)
-    except BaseException:
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror}); choose another place") from e
+    finally:
         Path(partial).unlink(missing_ok=True)
-        raise
+
+
+class _Patient:
+    """A file whose errors wait: torch's archive writer ends the process when a write fails while it is torn down."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: bytes) -> int:
+        """Write, unless an earlier write failed."""
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except BaseException as e:  # an interruption too
+                self.error = e
+        return len(data)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _compress_texts(file: BinaryIO) -> None:
@@ -136,19 +180,37 @@ def _compress_texts(file: BinaryIO) -> None:
 
 
 @contextmanager
-def without_traces(exported: ExportedProgram) -> Iterator[None]:
-    """While open, the graph carries no stack traces: they name the user's folders and outweigh small models."""
-    kept = []
-    for node in exported.graph.nodes:
-        kept.append((node, {k: node.meta.pop(k) for k in ("stack_trace", "source_fn_stack", "torch_fn") if k in node.meta}))
+def _as_stored(exported: ExportedProgram) -> Iterator[None]:
+    """While open, the program holds neither its example (the user's data) nor stack traces (the user's folders)."""
+    example = exported.example_inputs
+    traces = []
+    for part in exported.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            traces.append((node, {key: node.meta.pop(key) for key in _TRACES if key in node.meta}))
+    exported.example_inputs = None
     try:
         yield
     finally:
-        for node, traces in kept:
-            node.meta.update(traces)
+        exported.example_inputs = example
+        for node, trace in traces:
+            node.meta.update(trace)
+
+
+def name_outputs(exported: ExportedProgram) -> None:
+    """Have the signature name the values the graph returns now: a pass may have replaced what was returned."""
+    (results,) = exported.graph.output_node().args
+    assert isinstance(results, tuple)
+    specs = exported.graph_signature.output_specs
+    for i, (spec, value) in enumerate(zip(specs, results, strict=True)):
+        if isinstance(value, Node) and getattr(spec.arg, "name", value.name) != value.name:
+            specs[i] = replace(spec, arg=type(spec.arg)(name=value.name))
 
 
 def weights_size(exported: ExportedProgram) -> int:
     """Bytes of the program's tensors, shared ones once."""
-    tensors = [t for t in (*exported.state_dict.values(), *exported.constants.values()) if isinstance(t, torch.Tensor)]
+    tensors = [
+        t
+        for t in (*exported.state_dict.values(), *exported.constants.values())
+        if isinstance(t, torch.Tensor)
+    ]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -10,7 +10,7 @@ Read backwards from the ids and the weights. Every stage is optional but the sco
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch.fx import Node
 
@@ -18,6 +18,7 @@ from dsmoe_compiler.ir import ops
 from dsmoe_compiler.ir.graph import (
     CASTS,
     ProgramGraph,
+    Size,
     aten,
     dtype,
     is_tensor,
@@ -28,8 +29,8 @@ from dsmoe_compiler.ir.graph import (
 )
 from dsmoe_compiler.ir.passes import PassLog, Replacement
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, RouterSpec, parse
-from dsmoe_compiler.passes.lift.state import argument, operator_name
-from dsmoe_compiler.passes.region import RESHAPES, row_base, same_rows
+from dsmoe_compiler.passes.lift.state import argument, operator_name, row_base, uncast_rows
+from dsmoe_compiler.passes.region import RESHAPES, first_overwritten, same_rows
 
 
 class _Unknown(Exception):
@@ -63,7 +64,8 @@ class FuseRouter:
                 new, spec, inputs = _fused(graph, node)
             except _Unknown as e:
                 where = source(e.node, facts.name if facts else "")
-                log.remark(f"{facts.name if facts else node.name}: router as written ({e.code}: {e.because}; {where})")
+                name = facts.name if facts else node.name
+                log.remark(f"{name}: router as written ({e.code}: {e.because}; {where})")
                 continue
             name = facts.name if facts else node.name
             log.replace(Replacement(name, node, new, inputs, "R203"))
@@ -78,10 +80,14 @@ def _fused(graph: ProgramGraph, node: Node) -> tuple[Node, MoESpec, tuple[Node, 
     assert isinstance(x, Node) and isinstance(ids, Node) and isinstance(weights, Node)
     found = _Reading(graph, x).read(ids, weights)
     experts = parse(str(text), ExpertsSpec)
-    spec = MoESpec(found.spec.top_k, experts, found.spec)
     if not same_size(shape(found.weight)[0], experts.count):
         raise _Unknown("R201", "the router scores another number of experts than there are", node)
+    if not same_size(shape(ids)[-1], found.spec.top_k):
+        raise _Unknown("R201", "a token's experts come from more than one top-k", node)
     router = [t for t in (found.weight, found.bias, found.selection_bias) if t is not None]
+    if (written := first_overwritten(graph, x, (ids, weights, *router))) is not None:
+        raise _Unknown("R408", f"the router reads %{written.name}, which is overwritten in place", written)
+    spec = MoESpec(found.spec.top_k, experts, found.spec)
     with graph.graph.inserting_before(node):
         new = graph.graph.call_function(ops.MOE, (x, router, params, [], spec.text))
         new.meta = dict(node.meta)
@@ -113,6 +119,8 @@ class _Reading:
         if weights.target in (aten.softmax.int, aten.sigmoid.default, aten._softmax.default):
             return self._after_top_k(weights, top, ranked, k, scale, renormalize, epsilon, weight_dtype)
         scores = self._selected_scores(weights, ids, top)
+        if not same_size(shape(ranked)[-1], shape(scores)[-1]):
+            raise _Unknown("R201", "top-k does not rank all the experts of a token together", top)
         ranked, groups = self._ungroup(ranked, scores)
         ranked, bias = self._unbias(ranked, scores)
         if through(ranked, RESHAPES) is not through(scores, RESHAPES):
@@ -165,8 +173,8 @@ class _Reading:
         return _Router(spec, weight, bias, None)
 
     def _top_k(self, ids: Node) -> tuple[Node, int]:
-        picked = through(ids, RESHAPES, CASTS)
-        top = picked.args[0] if picked.args else None
+        picked = uncast_rows(ids)
+        top = picked.args[0] if operator_name(picked) == "getitem" else None
         if not isinstance(top, Node) or top.target is not aten.topk.default or picked.args[1] != 1:
             raise _Unknown("R201", f"the ids come from {picked.target}, not from a top-k", picked)
         last = len(shape(_node(top.args[0]))) - 1
@@ -175,16 +183,16 @@ class _Reading:
         return top, int(argument(top, "k"))
 
     def _uncast(self, node: Node) -> tuple[Node, str | None]:
-        node = through(node, RESHAPES)
+        node = row_base(node)
         if node.target not in CASTS:
             return node, None
-        return through(_node(node.args[0]), RESHAPES), str(dtype(node)).removeprefix("torch.")
+        return row_base(_node(node.args[0])), str(dtype(node)).removeprefix("torch.")
 
     def _unscale(self, node: Node) -> tuple[Node, float]:
         if node.target in (aten.mul.Tensor, aten.mul.Scalar):
             for a, b in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
                 if isinstance(a, Node) and isinstance(b, (int, float)):
-                    return through(a, RESHAPES), float(b)
+                    return row_base(a), float(b)
         return node, 1.0
 
     def _unnormalized(self, node: Node) -> tuple[Node, bool, float]:
@@ -198,65 +206,102 @@ class _Reading:
                 raise _Unknown("R201", "the weights' denominator is not their sum plus a number", total)
             epsilon, total = float(total.args[1]), total.args[0]
         is_sum = isinstance(total, Node) and total.target is aten.sum.dim_IntList
-        if not isinstance(selected, Node) or not isinstance(total, Node) or not is_sum or total.args[0] is not selected:
+        if (
+            not isinstance(selected, Node)
+            or not isinstance(total, Node)
+            or not is_sum
+            or total.args[0] is not selected
+        ):
             raise _Unknown("R201", "the weights are divided by something that is not their own sum", node)
         last = len(shape(selected)) - 1
         along_k = [d % (last + 1) for d in argument(total, "dim")] == [last] and argument(total, "keepdim")
         if not along_k or argument(total, "dtype") is not None:
             raise _Unknown("R201", "the weights' sum is not taken over the selected experts", total)
-        return through(selected, RESHAPES), True, epsilon
+        return row_base(selected), True, epsilon
 
     def _selected_scores(self, weights: Node, ids: Node, top: Node) -> Node:
-        """The (T, E) scores of which `weights` are the selected ones: top-k's values, or a gather at its ids."""
+        """The (T, E) scores that `weights` are selected from: by top-k itself, or by a gather at its ids."""
         if _is_part(weights, top, 0):
             return _node(top.args[0])
         if weights.target is aten.gather.default:
-            at = through(_node(weights.args[2]), RESHAPES, CASTS)
+            at = uncast_rows(_node(weights.args[2]))
             last = len(shape(weights)) - 1
-            if at is through(ids, RESHAPES, CASTS) and argument(weights, "dim") % (last + 1) == last:
+            if at is uncast_rows(ids) and argument(weights, "dim") % (last + 1) == last:
                 return _node(weights.args[0])
-        raise _Unknown("R201", f"the weights come from {weights.target}, not from the selected scores", weights)
+        raise _Unknown(
+            "R201", f"the weights come from {weights.target}, not from the selected scores", weights
+        )
 
-    def _ungroup(self, ranked: Node, scores: Node) -> tuple[Node, dict[str, object]]:
-        """masked_fill(ranked, outside the best groups, fill), the groups ranked by their best or two best scores."""
+    def _ungroup(self, ranked: Node, scores: Node) -> tuple[Node, dict[str, Any]]:
+        """masked_fill(ranked, outside the best groups, fill): ranked, and which groups are kept."""
+        experts = shape(ranked)[-1]
         ranked = through(ranked, RESHAPES)
         if ranked is through(scores, RESHAPES) or ranked.target is not aten.masked_fill.Scalar:
             return ranked, {}
-        inner, mask, fill = through(_node(ranked.args[0]), RESHAPES), ranked.args[1], ranked.args[2]
-        groups, top_groups, kind, grouped = self._kept_groups(_node(mask))
-        if through(grouped, RESHAPES) is not inner:
+        inner, mask, fill = through(_node(ranked.args[0]), RESHAPES), _node(ranked.args[1]), ranked.args[2]
+        assert isinstance(fill, (int, float)) and isinstance(experts, int), ranked
+        kept, groups = self._kept_groups(mask, experts)
+        top, top_groups = self._top_k(_node(kept.args[2]))
+        kind, grouped = self._group_scores(row_base(_node(top.args[0])))
+        own, widened = shape(ranked), shape(mask)
+        fits = own[-1] == widened[-1] == experts or own[-2:] == (groups, experts // groups) == (
+            widened[-2],
+            own[-1],
+        )
+        if not fits or len(own) != len(widened):
+            raise _Unknown("R201", "the mask over groups does not cover each group's experts", mask)
+        if through(grouped, RESHAPES) is not inner or shape(grouped)[-2:] != (groups, experts // groups):
             raise _Unknown("R201", "groups are ranked by other scores than the experts", grouped)
-        assert isinstance(fill, (int, float))
-        return inner, {"groups": groups, "top_groups": top_groups, "group_score": kind, "group_fill": float(fill)}
+        limits = {"groups": groups, "top_groups": top_groups, "group_score": kind, "group_fill": float(fill)}
+        return inner, limits
 
-    def _kept_groups(self, mask: Node) -> tuple[int, int, str, Node]:
-        """~(zeros.scatter(1, best groups, 1) widened to the experts) -> G, kept, how groups are scored, of what."""
-        kept = through(mask, RESHAPES, CASTS)
-        if kept.target not in (aten.bitwise_not.default, aten.logical_not.default):
-            raise _Unknown("R201", "the mask over groups is not the complement of the groups kept", kept)
-        widened = _node(kept.args[0])
-        while widened.target in RESHAPES | CASTS | {aten.unsqueeze.default, aten.expand.default}:
-            widened = _node(widened.args[0])
-        zeros = widened.args[0] if widened.args else None
-        if widened.target is not aten.scatter.value or operator_name(_node(zeros)) not in _ZEROS or widened.args[3] != 1:
-            raise _Unknown("R201", "the groups kept are not marked by a scatter of ones onto zeros", widened)
-        top, top_groups = self._top_k(_node(widened.args[2]))
-        best = through(_node(top.args[0]), RESHAPES)
-        groups = shape(widened)[-1]
+    def _kept_groups(self, mask: Node, experts: int) -> tuple[Node, int]:
+        """(zeros.scatter(1, best groups, 1), G) under its complement, each group widened to its experts."""
+        node, negated, widened = mask, False, False
+        while node.target is not aten.scatter.value:
+            below = node.args[0] if node.args else None
+            if not isinstance(below, Node) or not is_tensor(below):
+                break
+            sizes, under = shape(node), shape(below)
+            if node.target in (aten.bitwise_not.default, aten.logical_not.default):
+                negated = not negated
+            elif node.target is aten.unsqueeze.default:
+                if widened or argument(node, "dim") not in (-1, len(under)):
+                    break
+                widened = True
+            elif node.target in RESHAPES:
+                splits = sizes[-1] == experts and under[-1] != 1 and _product(under[-2:]) == experts
+                if not same_size(sizes[-1], under[-1]) and not splits:
+                    break
+            elif node.target is aten.expand.default:
+                if under[-1] != 1 or not same_size(sizes[-2], under[-2]):
+                    break
+            elif node.target not in CASTS:
+                break
+            node = below
+        groups, zeros = shape(node)[-1], node.args[0] if node.args else None
+        if node.target is not aten.scatter.value or not negated or not widened or node.args[3] != 1:
+            raise _Unknown("R201", "the mask over groups is not the complement of the groups kept", node)
+        if operator_name(_node(zeros)) not in _ZEROS or argument(node, "dim") not in (
+            -1,
+            len(shape(node)) - 1,
+        ):
+            raise _Unknown("R201", "the groups kept are not marked by a scatter of ones onto zeros", node)
         assert isinstance(groups, int)
-        return groups, top_groups, *self._group_scores(best)
+        return node, groups
 
     def _group_scores(self, best: Node) -> tuple[str, Node]:
-        if best.target is aten.sum.dim_IntList:
-            two = through(_node(best.args[0]), RESHAPES)
-            top = two.args[0] if two.args else None
-            if isinstance(top, Node) and top.target is aten.topk.default and top.args[1] == 2 and two.args[1] == 0:
+        """(how a group (…, G) is scored along the last dimension of what, that (…, G, E/G))."""
+        if best.target is aten.sum.dim_IntList and _along_last(best):
+            two = row_base(_node(best.args[0]))
+            top = two.args[0] if operator_name(two) == "getitem" and two.args[1] == 0 else None
+            if isinstance(top, Node) and top.target is aten.topk.default and _along_last(top, 2):
                 return "top2", _node(top.args[0])
-        if best.target is aten.amax.default:
+        if best.target is aten.amax.default and _along_last(best):
             return "max", _node(best.args[0])
         if operator_name(best) == "getitem" and best.args[1] == 0:
             largest = _node(best.args[0])
-            if largest.target is aten.max.dim:
+            if largest.target is aten.max.dim and _along_last(largest):
                 return "max", _node(largest.args[0])
         raise _Unknown("R201", f"groups are scored by {best.target}, which is not known", best)
 
@@ -265,32 +310,43 @@ class _Reading:
         if ranked is through(scores, RESHAPES) or ranked.target is not aten.add.Tensor:
             return ranked, None
         for a, b in ((ranked.args[0], ranked.args[1]), (ranked.args[1], ranked.args[0])):
-            bias = through(_node(b), RESHAPES, frozenset({aten.unsqueeze.default}))
-            if self.graph.parameter(bias) is not None and len(shape(bias)) == 1:
-                return through(_node(a), RESHAPES), bias
-        raise _Unknown("R201", "the scores are shifted by something that is no parameter over the experts", ranked)
+            if not isinstance(a, Node) or not isinstance(b, Node) or argument(ranked, "alpha") != 1:
+                continue
+            bias = through(b, RESHAPES, frozenset({aten.unsqueeze.default}))
+            one = self.graph.parameter(bias) is not None and len(shape(bias)) == 1
+            if one and same_size(shape(bias)[0], shape(b)[-1]) and same_size(shape(b)[-1], shape(scores)[-1]):
+                return through(a, RESHAPES), bias
+        raise _Unknown(
+            "R201", "the scores are shifted by something that is no parameter over the experts", ranked
+        )
 
     def _scored(self, scores: Node) -> tuple[Literal["softmax", "sigmoid"], Node, str | None]:
         """(kind, the value scored, the dtype of the scores if it was changed for them)."""
-        scores = through(scores, RESHAPES)
+        scores = row_base(scores)
         name = operator_name(scores)
         if name not in ("aten::softmax", "aten::_softmax", "aten::sigmoid"):
-            raise _Unknown("R201", f"the scores come from {scores.target}, neither softmax nor sigmoid", scores)
-        below = through(_node(scores.args[0]), RESHAPES)
+            raise _Unknown(
+                "R201", f"the scores come from {scores.target}, neither softmax nor sigmoid", scores
+            )
+        below = row_base(_node(scores.args[0]))
         if name != "aten::sigmoid" and argument(scores, "dim") % len(shape(scores)) != len(shape(scores)) - 1:
             raise _Unknown("R201", "softmax is not taken over the experts", scores)
         cast = str(dtype(scores)).removeprefix("torch.") if dtype(scores) != dtype(below) else None
         if below.target in CASTS:
-            cast, below = str(dtype(below)).removeprefix("torch."), through(_node(below.args[0]), RESHAPES)
+            if cast is not None:
+                raise _Unknown("R201", "the logits are cast twice before they are scored", scores)
+            cast, below = str(dtype(below)).removeprefix("torch."), row_base(_node(below.args[0]))
         return ("sigmoid" if name == "aten::sigmoid" else "softmax"), below, cast
 
     def _logits(self, logits: Node) -> tuple[Node, Node | None, str | None]:
         """(weight (E, D), bias, the dtype x and weight were cast to) of logits = linear(x, weight, bias)."""
-        logits = through(logits, RESHAPES)
+        logits = row_base(logits)
         if logits.target is not aten.linear.default:
             raise _Unknown("R201", f"the logits come from {logits.target}, not from a linear layer", logits)
         bias = argument(logits, "bias")
-        operands = [self._cast_operand(_node(a)) for a in (logits.args[0], logits.args[1], bias) if a is not None]
+        operands = [
+            self._cast_operand(_node(a)) for a in (logits.args[0], logits.args[1], bias) if a is not None
+        ]
         casts = {cast for _, cast in operands}
         if len(casts) != 1:
             raise _Unknown("R201", "the logits' operands are cast to different types", logits)
@@ -306,7 +362,7 @@ class _Reading:
             return node, None
         if node.target in CASTS:
             return _node(node.args[0]), str(dtype(node)).removeprefix("torch.")
-        below = through(node, RESHAPES)
+        below = row_base(node)
         if below.target in CASTS and is_tensor(below):
             return _node(below.args[0]), str(dtype(below)).removeprefix("torch.")
         return node, None
@@ -320,6 +376,21 @@ def _node(argument: object) -> Node:
     return argument
 
 
+def _product(sizes: tuple[Size, ...]) -> Size:
+    product: Size = 1
+    for size in sizes:
+        product = product * size
+    return product
+
+
+def _along_last(node: Node, k: int | None = None) -> bool:
+    """Whether a reduction (or top-k) runs along the last dimension of its input and drops it (or keeps k)."""
+    last = len(shape(_node(node.args[0]))) - 1
+    dims = argument(node, "dim")
+    along = [d % (last + 1) for d in (dims if isinstance(dims, (list, tuple)) else [dims])] == [last]
+    return along and (argument(node, "k") == k if k else not argument(node, "keepdim"))
+
+
 def _is_part(node: Node, of: Node, index: int) -> bool:
-    node = through(node, RESHAPES)
-    return operator_name(node) == "getitem" and node.args[0] is of and node.args[1] == index
+    node = row_base(node)
+    return operator_name(node) == "getitem" and node.args[0] is of and bool(node.args[1] == index)

@@ -9,11 +9,11 @@ from torch.fx import Node
 
 from dsmoe_compiler.ir import ops
 from dsmoe_compiler.ir.body import Body
-from dsmoe_compiler.ir.graph import ProgramGraph, aten, dtype, shape
+from dsmoe_compiler.ir.graph import ProgramGraph, aten, dtype, same_size, shape
 from dsmoe_compiler.ir.passes import PassLog, Replacement
 from dsmoe_compiler.ir.spec import MoESpec, SharedSpec, parse
-from dsmoe_compiler.passes.lift.state import argument
-from dsmoe_compiler.passes.region import RESHAPES, row_base, row_body
+from dsmoe_compiler.passes.lift.state import argument, row_base
+from dsmoe_compiler.passes.region import RESHAPES, first_overwritten, row_body, size_arguments
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,16 @@ class FuseSharedExperts:
             assert isinstance(x, Node)
             shared = SharedSpec(body, _width(body, params), _is_gated(body))
             spec = replace(parse(str(text), MoESpec), shared=shared)
+            sizes = size_arguments(graph, add)
+            if sizes is None:
+                log.remark(f"{node.name}: shared experts as written: their sum's sizes are held by no value")
+                continue
             with graph.graph.inserting_before(add):
                 new = graph.graph.call_function(ops.MOE, (x, router, experts, params, spec.text))
                 new.meta = dict(node.meta)
                 out = new
-                if add.meta["val"].dim() != 2:
-                    out = graph.graph.call_function(aten.reshape.default, (new, _sizes(add, node)))
+                if len(sizes) != 2:
+                    out = graph.graph.call_function(aten.reshape.default, (new, sizes))
                     out.meta = dict(add.meta)
             log.replace(Replacement(facts.name if facts else node.name, add, out, (row_base(x),), "R306"))
             if facts:
@@ -68,20 +72,20 @@ def _added_to(graph: ProgramGraph, moe: Node) -> tuple[Node, Body, list[Node]] |
         if add.target is not aten.add.Tensor or argument(add, "alpha") != 1 or len(routed.users) != 1:
             continue
         other = add.args[1] if add.args[0] is routed else add.args[0]
-        if not isinstance(other, Node) or len(shape(other)) != len(shape(routed)) or dtype(other) != dtype(moe):
+        if not isinstance(other, Node) or not _same_values(other, routed):
             continue
         found = row_body(graph, other, x)
-        if found is not None and any(s.op == "linear" for s in found[0].steps):
+        if found is None or not any(s.op == "linear" for s in found[0].steps):
+            continue
+        if first_overwritten(graph, x, (other,)) is None:
             return add, *found
     return None
 
 
-def _sizes(add: Node, moe: Node) -> object:
-    """The shape argument of the reshape between the routed output and the sum."""
-    for operand in add.args[:2]:
-        if isinstance(operand, Node) and operand.target in RESHAPES:
-            return operand.args[1]
-    return list(add.meta["val"].shape)
+def _same_values(a: Node, b: Node) -> bool:
+    """Equal dtypes and sizes: adding them broadcasts nothing."""
+    alike = dtype(a) == dtype(b) and len(shape(a)) == len(shape(b))
+    return alike and all(map(same_size, shape(a), shape(b)))
 
 
 def _width(body: Body, params: list[Node]) -> int:
@@ -103,4 +107,6 @@ def _is_gated(body: Body) -> bool:
     last = body.steps[body.result]
     if last.op != "mul":
         return False
-    return any(body.steps[a].op == "sigmoid" and body.steps[body.steps[a].args[0]].op == "linear" for a in last.args)
+    return any(
+        body.steps[a].op == "sigmoid" and body.steps[body.steps[a].args[0]].op == "linear" for a in last.args
+    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir import ops
@@ -15,21 +16,25 @@ from dsmoe_compiler.ir.graph import (
     COPIES,
     VIEWS,
     ProgramGraph,
+    Size,
     aten,
     common_module,
     dtype,
+    module_path,
     same_size,
     shape,
     source,
     value,
 )
 from dsmoe_compiler.ir.passes import LayerFacts, PassLog, Replacement
-from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, to_text
+from dsmoe_compiler.ir.spec import DTYPES, ExpertsSpec, MoESpec, to_text
 from dsmoe_compiler.passes.lift import combine, dense, gather, permutation, product, rowwise
-from dsmoe_compiler.passes.lift.discover import Selection, find_selections, selector_of
+from dsmoe_compiler.passes.lift.discover import Selection, find_selections, never_negative, selector_of
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven
 from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Pairs
+from dsmoe_compiler.passes.region import size_arguments
 
+_FLOATS = frozenset(getattr(torch, name) for name in DTYPES)
 # Where several rules know an operator, the first that answers is right: the particular before the general.
 _FAMILIES = (permutation.RULES, dense.RULES, gather.RULES, product.RULES, combine.RULES, rowwise.RULES)
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -59,25 +64,37 @@ class LiftExperts:
         order = {n: i for i, n in enumerate(graph.nodes)}
         selections = {s.selector: s for s in find_selections(graph)}
         lift = Lift(graph, RULES)
-        done = dict[Node, bool]()
-        for node, found in lift.run():
-            facts = _Layer.of(lift, node, found, selections)
+        found_layers = lift.run()
+        standing, combined = dict[Node, Node](), set[Node | None]()
+        for node, found in found_layers:
+            layer = _Layer.of(lift, node, found, selections)
+            if layer is None:
+                continue
+            facts = LayerFacts(
+                _unique(layer.name, log, combined, layer), layer.idiom, None, None, layer.source
+            )
+            facts = replace(facts, node=node.name, order=order[node])
+            combined.add(layer.selector)
             try:
-                experts = _insert(lift, node, found, facts.ids)
+                experts = _insert(lift, node, found, layer.ids, standing)
             except Unproven as e:
-                refusal = Refusal(e.code, e.because, node.name, facts.source)
-                log.layer(LayerFacts(facts.name, facts.idiom, None, refusal, facts.source, node.name, "", order[node]))
+                log.layer(replace(facts, refusal=Refusal(e.code, e.because, node.name, layer.source)))
                 continue
             log.replace(Replacement(facts.name, experts.old, experts.new, experts.inputs, "R304"))
+            standing[experts.old] = experts.new
             spec = MoESpec(experts.slots, experts.spec)
-            at = (experts.old.name, experts.op.name, order[node])
-            log.layer(LayerFacts(facts.name, facts.idiom, spec, None, facts.source, *at))
-            if facts.selector is not None:
-                done[facts.selector] = True
+            log.layer(replace(facts, spec=spec, node=experts.old.name, op=experts.op.name))
         for selector, selection in selections.items():
-            if selector not in done and selection.name not in log.layers:
+            if selector not in combined:
                 log.layer(_refused(lift, selection, order))
         return bool(log.replacements)
+
+
+def _unique(name: str, log: PassLog, combined: set[Node | None], layer: _Layer) -> str:
+    """The layer's name; numbered where one selection serves several sets of experts, or the name is taken."""
+    taken = (f"{name} ({n})" for n in range(2, len(log.layers) + 3))
+    again = name in log.layers or (layer.selector is not None and layer.selector in combined)
+    return next(t for t in taken if t not in log.layers) if again else name
 
 
 @dataclass(frozen=True)
@@ -89,17 +106,19 @@ class _Layer:
     ids: Node
 
     @staticmethod
-    def of(lift: Lift, node: Node, found: Combined, selections: dict[Node, Selection]) -> _Layer:
+    def of(lift: Lift, node: Node, found: Combined, selections: dict[Node, Selection]) -> _Layer | None:
+        """The layer of a combine; None where nothing selects and no token is read (a bag of embeddings)."""
         domain = found.rows.domain
-        if isinstance(domain, Pairs):
-            ids = domain.ids
-        else:
-            ids = next(i for s in _sources(lift, found) if (i := s.ids) is not None)
+        ids = domain.ids if isinstance(domain, Pairs) else _sources(lift, found)[0].ids
         assert ids is not None
         selector = selector_of(ids)
         selection = selections.get(selector) if selector is not None else None
+        if selection is None and not lift.terms.leaves(found.rows.term, "token"):
+            return None
         name = selection.name if selection else common_module([ids, node])
-        return _Layer(name, _idiom(lift, node, found), source(node, name), selector, ids)
+        return _Layer(
+            name, _idiom(lift, node, found), source(node, name), selector if selection else None, ids
+        )
 
 
 def _sources(lift: Lift, found: Combined) -> list[PairSource]:
@@ -134,22 +153,30 @@ class _Inserted:
     slots: int
 
 
-def _insert(lift: Lift, node: Node, found: Combined, ids: Node) -> _Inserted:
-    """Put `dsmoe::experts` where the combine stands. Raises Unproven when the finished term does not fit the op."""
+def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[Node, Node]) -> _Inserted:
+    """Put `dsmoe::experts` where the combine stands; `standing` says what stands for earlier combines.
+
+    Raises Unproven when the finished term does not fit the op.
+    """
     terms, term = lift.terms, found.rows.term
-    tokens = terms.leaves(term, "token")
+    tokens, pairs = terms.leaves(term, "token"), _sources(lift, found)
     params = [lift.params[str(s.attrs[0])] for s in terms.leaves(term, "expert")]
-    pairs = _sources(lift, found)
     if len(tokens) != 1:
         raise Unproven("R303", f"the experts read {len(tokens)} different inputs")
-    if len(pairs) > 1 and any(not p.matrix for p in pairs[1:]):
-        raise Unproven("R301", "two different routing weights meet in one layer")
-    counts = {str(shape(p)[0]) for p in params}
-    if not params or len(counts) != 1:
+    if len(pairs) > 1:
+        raise Unproven("R301", f"{len(pairs)} different routing weights meet in one layer")
+    if isinstance(found.rows.domain, Everywhere):
+        combine.require_sparse(lift, term)
+    if len({str(shape(p)[0]) for p in params}) != 1:
         raise Unproven("R302", "the layer's weights are not all indexed by the same experts")
-    x = next(n for n in lift.graph.nodes if n.name == tokens[0].attrs[0])
+    x = lift.tokens[str(tokens[0].attrs[0])]
+    x = standing.get(x, x)
     experts, hidden, slots = shape(params[0])[0], shape(x)[-1], shape(ids)[-1] if len(shape(ids)) > 1 else 1
     assert isinstance(experts, int) and isinstance(hidden, int) and isinstance(slots, int)
+    if not same_size(shape(x)[0], _count(ids)):
+        raise Unproven(
+            "R303", f"the experts read {shape(x)[0]} rows where the ids are those of {_count(ids)} tokens"
+        )
     old = _through_cast(node)
     rename = {tokens[0]: Step("x")}
     rename |= {s: Step("w") for s in terms.leaves(term, "pair")}
@@ -157,6 +184,15 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node) -> _Inserted:
     out = str(dtype(old)).removeprefix("torch.") if old is not node else None
     spec = ExpertsSpec(experts, hidden, terms.body(term, rename), out)
     return _emit(lift, node, old, x, ids, pairs, params, spec, slots)
+
+
+def _count(ids: Node) -> Size:
+    """T: the product of the ids' sizes without their last."""
+    sizes = shape(ids)
+    tokens: Size = 1
+    for size in sizes[:-1] if len(sizes) > 1 else sizes:
+        tokens = tokens * size
+    return tokens
 
 
 def _emit(
@@ -171,76 +207,94 @@ def _emit(
     slots: int,
 ) -> _Inserted:
     graph = lift.graph.graph
+    sizes = size_arguments(lift.graph, node)
+    if sizes is None:
+        raise Unproven("R407", f"more than one size of %{node.name} is held by no value of the graph")
     with graph.inserting_before(node):
         tokens = shape(x)[0]
-        ids_TK = _as_pairs(lift, ids, tokens, slots, ids)
-        weights = _weights(lift, pairs, ids_TK, ids, tokens, slots, x)
-        new = graph.call_function(ops.EXPERTS, (x, ids_TK, weights, params, to_text(spec)))
+        ids_TK, chosen = _as_pairs(lift, ids, tokens, slots)
+        experts = ids_TK if never_negative(ids) else _wrapped(lift, ids_TK, spec.count)
+        weights, weighed = _weights(lift, pairs, ids_TK, tokens, slots, x)
+        new = graph.call_function(ops.EXPERTS, (x, experts, weights, params, to_text(spec)))
         new.meta = {k: v for k, v in old.meta.items() if k != "tensor_meta"}
         out = new
-        if len(shape(node)) != 2:
+        if len(sizes) != 2:
             new.meta["val"] = value(old).reshape(tokens, shape(node)[-1])
-            out = graph.call_function(aten.reshape.default, (new, list(value(old).shape)))
+            out = graph.call_function(aten.reshape.default, (new, sizes))
             out.meta = dict(old.meta)
-    return _Inserted(old, out, new, (x, ids_TK, weights), spec, slots)
+    inputs = (x, chosen) if weighed is None else (x, chosen, weighed)
+    return _Inserted(old, out, new, inputs, spec, slots)
+
+
+def _wrapped(lift: Lift, ids_TK: Node, experts: int) -> Node:
+    """Ids that may be negative, which the model's own index counts from the end and the op would drop."""
+    wrapped = lift.graph.graph.call_function(aten.remainder.Scalar, (ids_TK, experts))
+    wrapped.meta = dict(ids_TK.meta)
+    return wrapped
 
 
 def _weights(
-    lift: Lift, pairs: list[PairSource], ids_TK: Node, ids: Node, tokens: object, slots: int, x: Node
-) -> Node:
+    lift: Lift, pairs: list[PairSource], ids_TK: Node, tokens: Size, slots: int, x: Node
+) -> tuple[Node, Node | None]:
+    """(weights (T, K), the value they are made from; None where every pair weighs 1)."""
     graph = lift.graph.graph
     if not pairs:
         weights = graph.call_function(aten.ones_like.default, (ids_TK,), {"dtype": dtype(x)})
-        weights.meta = {**ids.meta, "val": value(ids_TK).to(dtype(x))}
-        return weights
-    if any(p.matrix for p in pairs):
-        return _read_matrices(lift, pairs, ids_TK)
-    return _as_pairs(lift, pairs[0].node, tokens, slots, ids)
+        weights.meta = {**ids_TK.meta, "val": value(ids_TK).to(dtype(x))}
+        return weights, None
+    (pair,) = pairs
+    if not pair.matrix:
+        return _as_pairs(lift, pair.node, tokens, slots)
+    gathered = graph.call_function(aten.gather.default, (pair.node, 1, ids_TK))
+    gathered.meta = {**pair.node.meta, "val": value(ids_TK).to(dtype(pair.node))}
+    return gathered, pair.node
 
 
-def _read_matrices(lift: Lift, pairs: list[PairSource], ids_TK: Node) -> Node:
-    """The weight of each pair out of (T, E) matrices; with several, all but the masks' own ones."""
-    graph = lift.graph.graph
-    chosen = [p for p in pairs if p.fill is None] or pairs[:1]
-    if len(chosen) != 1 or any(p.fill is not None and not p.matrix for p in pairs):
-        raise Unproven("R301", "two different routing weights meet in one layer")
-    gathered = graph.call_function(aten.gather.default, (chosen[0].node, 1, ids_TK))
-    gathered.meta = {**chosen[0].node.meta, "val": value(ids_TK).to(dtype(chosen[0].node))}
-    return gathered
-
-
-def _as_pairs(lift: Lift, node: Node, tokens: object, slots: int, ids: Node) -> Node:
-    """The node seen through reshapes as (T, K), reshaped only if no view of it already is."""
+def _as_pairs(lift: Lift, node: Node, tokens: Size, slots: int) -> tuple[Node, Node]:
+    """(the node as (T, K), reshaped only if nothing it is a view of already is; what it is made from)."""
     at = node
     while True:
         sizes = shape(at)
-        if len(sizes) == 2 and same_size(sizes[0], tokens) and same_size(sizes[1], slots):  # type: ignore[arg-type]
-            return at
+        if len(sizes) == 2 and same_size(sizes[0], tokens) and same_size(sizes[1], slots):
+            return at, at
         below = at.args[0] if at.args else None
         if at.target not in VIEWS | COPIES | {aten.unsqueeze.default} or not isinstance(below, Node):
             break
         at = below
-    graph = lift.graph.graph
-    made = graph.call_function(aten.reshape.default, (node, [-1, slots]))
+    made = lift.graph.graph.call_function(aten.reshape.default, (node, [-1, slots]))
     made.meta = {**node.meta, "val": value(node).reshape(tokens, slots)}
-    return made
+    return made, node
 
 
 def _through_cast(node: Node) -> Node:
     """The combine, or the cast that is all anybody reads of it."""
     users = list(node.users)
-    if len(users) == 1 and users[0].target in CASTS and value(users[0]).is_floating_point():
+    if len(users) == 1 and users[0].target in CASTS and dtype(users[0]) in _FLOATS:
         return users[0]
     return node
 
 
+def _within(node: Node, layer: str) -> bool:
+    name = layer.split("#")[0]
+    return not name or f"{'.'.join(module_path(node))}.".startswith(f"{name}.")
+
+
+def _ancestors(nodes: list[Node]) -> set[Node]:
+    """The values that the nodes are computed from, themselves included."""
+    found, stack = set[Node](), list(nodes)
+    while stack:
+        at = stack.pop()
+        if at not in found:
+            found.add(at)
+            stack.extend(at.all_input_nodes)
+    return found
+
+
 def _refused(lift: Lift, selection: Selection, order: dict[Node, int]) -> LayerFacts:
     """A layer nobody combined: the first loss on its own ids says why."""
-    own = [
-        lost
-        for lost in lift.losses
-        if (lost.ids is not None and selector_of(lost.ids) is selection.selector) or lost.node is selection.first_use
-    ]
+    own = [x for x in lift.losses if x.ids is not None and selector_of(x.ids) is selection.selector]
+    before = _ancestors([selection.first_use, *(lost.node for lost in own)])
+    own += [x for x in lift.losses if x.ids is None and x.node in before and _within(x.node, selection.name)]
     if own:
         lost = min(own, key=lambda lost: order[lost.node])
         refusal = Refusal(lost.code, lost.because, lost.node.name, source(lost.node, selection.name))
@@ -248,4 +302,6 @@ def _refused(lift: Lift, selection: Selection, order: dict[Node, int]) -> LayerF
         because = f"the ids are first used by {selection.first_use.target}, a spelling that is not known"
         refusal = Refusal("R407", because, selection.first_use.name, selection.source)
     at = order[selection.first_use]
-    return LayerFacts(selection.name, "unknown", None, refusal, selection.source, selection.first_use.name, "", at)
+    return LayerFacts(
+        selection.name, "unknown", None, refusal, selection.source, selection.first_use.name, "", at
+    )

@@ -1,8 +1,8 @@
 """Make the captured graph functional and plain, in place and in linear time.
 
-What lifting reads must have one meaning, so an in-place operator becomes its functional twin wherever no other name
-reads the overwritten memory afterwards; casts and copies that change nothing disappear; equal views become one node.
-Retracing the program would do the same at more than the price of the capture itself.
+What lifting reads must have one meaning, so an in-place operator becomes its functional twin wherever no
+other name reads the overwritten memory afterwards; casts and copies that change nothing disappear; equal
+views become one node. Retracing the program would do the same at more than the price of the capture itself.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def _drop_copies(graph: ProgramGraph) -> int:
             node.target in CASTS | COPIES
             and dtype(node) == dtype(below)
             and node.meta["val"].device == below.meta["val"].device
-            and (node.target not in COPIES or str(node.meta["val"].stride()) == str(below.meta["val"].stride()))
+            and (
+                node.target not in COPIES or str(node.meta["val"].stride()) == str(below.meta["val"].stride())
+            )
         )
         if plain:
             node.replace_all_uses_with(below)

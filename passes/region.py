@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir.body import Body, Step, Terms
-from dsmoe_compiler.ir.graph import COPIES, VIEWS, ProgramGraph, aten, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import (
+    COPIES,
+    VIEWS,
+    ProgramGraph,
+    alias_root,
+    is_tensor,
+    mutated_argument,
+    same_size,
+    shape,
+    value,
+)
 from dsmoe_compiler.passes.lift.rowwise import BINARY, UNARY
-from dsmoe_compiler.passes.lift.state import argument, operator_name
+from dsmoe_compiler.passes.lift.state import argument, operator_name, row_base
 
 RESHAPES = VIEWS | COPIES
 
@@ -17,18 +30,36 @@ def same_rows(a: Node, b: Node) -> bool:
     return row_base(a) is row_base(b) and same_size(shape(a)[-1], shape(b)[-1])
 
 
-def row_base(node: Node) -> Node:
-    """The value under reshapes that keep the last dimension."""
-    while node.op == "call_function" and node.target in RESHAPES:
-        below = node.args[0]
-        if not isinstance(below, Node) or not is_tensor(below) or not same_size(shape(below)[-1], shape(node)[-1]):
+def first_overwritten(graph: ProgramGraph, x: Node, results: Iterable[Node]) -> Node | None:
+    """A value from x to the results that is overwritten in place: read later, it would differ."""
+    written = {alias_root(m) for n in graph.nodes if (m := mutated_argument(n)) is not None}
+    stack, seen = list(results) if written else [], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_tensor(node) and alias_root(node) in written:
+            return node
+        if not is_tensor(node) or row_base(node) is not row_base(x):
+            stack.extend(node.all_input_nodes)
+    return None
+
+
+def size_arguments(graph: ProgramGraph, of: Node) -> list[int | Node] | None:
+    """A reshape's arguments for the node's sizes: numbers, earlier values, at most one −1; else None."""
+    known: dict[str, Node] = {}
+    for node in graph.nodes:
+        if node is of:
             break
-        node = below
-    return node
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            known.setdefault(str(value(node).node.expr), node)
+    sizes = [s if isinstance(s, int) else known.get(str(s.node.expr), -1) for s in shape(of)]
+    return sizes if sizes.count(-1) <= 1 else None
 
 
 def row_body(graph: ProgramGraph, result: Node, x: Node) -> tuple[Body, list[Node]] | None:
-    """`result` as a body over rows of `x` and whole parameters (in order of appearance), or None if it is not one."""
+    """`result` as a body over rows of `x` and whole parameters in order of appearance, or None."""
     reader = _Reader(graph, x)
     term = reader.read(result)
     if term is None or not reader.found_x:
@@ -36,6 +67,12 @@ def row_body(graph: ProgramGraph, result: Node, x: Node) -> tuple[Body, list[Nod
     params = [s for s in (reader.terms.steps[t] for t in reader.terms.reachable(term)) if s.op == "expert"]
     rename = {s: Step("p", (), (i,)) for i, s in enumerate(params)} | {Step("token", (), ("x",)): Step("x")}
     return reader.terms.body(term, rename), [reader.params[str(s.attrs[0])] for s in params]
+
+
+def _as_many_rows(operand: Node, node: Node) -> bool:
+    """Whether an operand has all of the result's rows, none broadcast."""
+    sizes, own = shape(node), shape(operand)
+    return len(own) == len(sizes) and all(map(same_size, own[:-1], sizes[:-1]))
 
 
 class _Reader:
@@ -88,16 +125,16 @@ class _Reader:
         return None if row is None else self.terms.number(op, (row,), attrs)
 
     def _binary(self, node: Node, op: str) -> int | None:
-        operands = []
+        operands = list[int | None]()
         for a in node.args[:2]:
             if isinstance(a, (int, float)):
                 operands.append(self.terms.number("const", (), (a,)))
-            elif isinstance(a, Node) and is_tensor(a) and len(shape(a)) == len(shape(node)) and self.read(a) is not None:
+            elif isinstance(a, Node) and is_tensor(a) and _as_many_rows(a, node):
                 operands.append(self.read(a))
             else:
                 return None
-        a, b = operands
-        return None if a is None or b is None else self.terms.number(op, (a, b))
+        left, right = operands
+        return None if left is None or right is None else self.terms.number(op, (left, right))
 
     def _linear(self, node: Node) -> int | None:
         row = self.read(self._argument(node))
@@ -129,19 +166,11 @@ class _Reader:
             source, dim = cut, argument(node, "dim")
             width = shape(source)[-1]
             start, stop, step = argument(node, "start") or 0, argument(node, "end"), argument(node, "step")
-            if not isinstance(width, int) or not isinstance(start, int):
+            stop = width if stop is None else stop
+            if not all(isinstance(s, int) for s in (width, start, stop, step)):
                 return None
-            stop = width if stop is None else min(stop, width)
+            stop = min(stop, width)
         row = self.read(source)
         if row is None or dim % len(shape(source)) != len(shape(source)) - 1 or start < 0 or stop < 0:
             return None
         return self.terms.number("slice", (row,), (start, stop, step))
-
-
-def unsqueezed(node: Node) -> Node:
-    """The value under a final dimension of size 1."""
-    if node.target is aten.unsqueeze.default and argument(node, "dim") in (-1, len(shape(node)) - 1):
-        below = node.args[0]
-        assert isinstance(below, Node)
-        return below
-    return node

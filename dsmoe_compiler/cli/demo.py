@@ -140,7 +140,7 @@ def _print(result: Demo) -> None:
         to,
         (
             f"T tokens in one sequence, {result.threads} threads; eager loops over the experts chosen.",
-            "Medians of rounds that alternate between the two; warm-up rounds are not among them.",
+            "Medians of rounds that alternate between the two, after a warm-up.",
         ),
         style="dim",
     )
@@ -170,9 +170,12 @@ def _timings(result: Demo) -> Grid:
 
 def _next_steps(command: str) -> tuple[str, ...]:
     return (
-        f"{command} inspect deepseek-moe-16b                 a 16B model, in seconds, without its weights",
-        f"{command} compile deepseek-moe-tiny -o tiny.pt2    a program in a file, to load in Python",
-        f"{command} inspect your_package.your_module:build   your own model",
+        "a 16B model, in seconds, without its weights:",
+        f"  {command} inspect deepseek-moe-16b",
+        "a program in a file, to load in Python:",
+        f"  {command} compile deepseek-moe-tiny -o tiny.pt2",
+        "your own model:",
+        f"  {command} inspect your_package.your_module:build",
     )
 
 

@@ -103,8 +103,18 @@ def is_tensor(node: object) -> bool:
 
 
 def shape(node: Node) -> tuple[Size, ...]:
-    """The node's shape; symbolic sizes stay symbolic."""
-    return tuple(value(node).shape)
+    """The node's shape; symbolic sizes stay symbolic, those that tracing pinned to a number are that number."""
+    return sizes_of(value(node))
+
+
+def sizes_of(tensor: Tensor) -> tuple[Size, ...]:
+    """A recorded tensor's shape, as `shape` gives a node's."""
+    return tuple(_plain(size) for size in tensor.shape)
+
+
+def _plain(size: Size) -> Size:
+    expression = size.node.expr if isinstance(size, torch.SymInt) else size
+    return int(expression) if getattr(expression, "is_Integer", True) else size
 
 
 def dtype(node: Node) -> torch.dtype:

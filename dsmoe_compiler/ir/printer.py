@@ -21,6 +21,8 @@ from torch.fx import Node
 from dsmoe_compiler.ir.graph import ProgramGraph, module_path
 
 _DTYPES = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
+_WIDTH = 110  # a longer line has one argument a line
+_EACH = ",\n    "
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
@@ -66,7 +68,10 @@ class _Printer:
             if k not in ("device", "pin_memory")
         ]
         kind = self.type(node.meta.get("val"))
-        return f"{self.names[node]} : {kind} = {_operator(node)}({', '.join(arguments)})"
+        line = f"{self.names[node]} : {kind} = {_operator(node)}({', '.join(arguments)})"
+        if len(line) <= _WIDTH:
+            return line
+        return f"{self.names[node]} : {kind} = {_operator(node)}(\n    {_EACH.join(arguments)})"
 
     def argument(self, value: Any) -> str:
         if isinstance(value, Node):

@@ -49,10 +49,10 @@ def tell(report: Report, width: int) -> Story:
 def _headline(report: Report) -> str:
     if not report.layers:
         return f"{report.model}: no Mixture-of-Experts layers; the model runs unchanged"
-    facts = [f"{report.fused} of {len(report.layers)} MoE layers fused", f"capture: {report.capture}"]
+    facts = [report.capture]
     if report.backend:
-        facts.append(f"backend: {report.backend}")
-    return f"{report.model}: " + ", ".join(facts)
+        facts.append(f"backend {report.backend}")
+    return f"{report.model}: {report.fused} of {len(report.layers)} MoE layers fused; {', '.join(facts)}"
 
 
 def _map(layers: tuple[LayerReport, ...], width: int) -> tuple[Grid, bool]:

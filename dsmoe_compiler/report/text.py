@@ -11,7 +11,7 @@ WIDTH = 80
 def render(report: Report) -> str:
     """The MoE map, the passes and the remarks, at most 80 characters wide unless a name is longer.
 
-    DeepSeekMoEForCausalLM: 2 of 2 MoE layers fused, capture: plain export, backend: cpu
+    DeepSeekMoEForCausalLM: 2 of 2 MoE layers fused; plain export, backend cpu
 
     layer                E  router         experts                       shared
     model.layers.0.mlp  64  softmax→top-6  SwiGLU [gate;up] D=768 F=256  512

@@ -1,24 +1,24 @@
-"""Rules by which rows become tokens again, and the proof that every token for every expert may be read sparsely.
+"""Rules by which rows become tokens again, and the proof that dense experts may be read sparsely.
 
-    rows.view(T, K, D).sum(1)                 pairs in their own order
-    zeros.index_add(0, tokens, sorted rows)   sorted pairs
-    rows (E, T, D).sum(0)                     every token for every expert
+rows.view(T, K, D).sum(1)                 pairs in their own order
+zeros.index_add(0, tokens, sorted rows)   sorted pairs
+rows (E, T, D).sum(0)                     every token for every expert
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.fx import Node
 
+from dsmoe_compiler.ir.body import Body, Step
 from dsmoe_compiler.ir.graph import dtype, same_size, shape
 from dsmoe_compiler.ir.reference import evaluate
-from dsmoe_compiler.ir.body import Body, Step
 from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument
-from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Filled, Pairs, Rows, TokenOf, Value
+from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Filled, Pairs, TokenOf, Value
 
-_KEEPS_ZERO = frozenset({"neg", "abs", "sqrt", "erf", "tanh", "relu", "silu", "gelu", "gelu_tanh", "cast", "slice"})
+_KEEPS_ZERO = frozenset(
+    {"neg", "abs", "sqrt", "erf", "tanh", "relu", "silu", "gelu", "gelu_tanh", "cast", "slice"}
+)
 
 
 def sum_rows(lift: Lift, node: Node) -> Value | None:
@@ -28,21 +28,27 @@ def sum_rows(lift: Lift, node: Node) -> Value | None:
         return None
     rank = rows.lead + len(rows.trail)
     dims, keep = [d % rank for d in argument(node, "dim") or []], argument(node, "keepdim")
-    if keep or len(rows.trail) != 1:
+    if keep:
+        return None
+    if _is_only_slot(rows, dims):
+        return Combined(rows.like(rows.term, rows.trail[1:]))
+    if len(rows.trail) != 1:
         return None
     term = rows.term
     if (summed := argument(node, "dtype")) is not None:
         term = lift.terms.number("cast", (term,), (str(summed).removeprefix("torch."),))
     if isinstance(rows.domain, Everywhere):
-        if rows.lead != 2 or dims != [rows.domain.axis]:
-            return None
-        require_sparse(lift, term)
-        return Combined(rows.like(term))
+        weighed = rows.lead == 2 and dims == [rows.domain.axis] and lift.terms.leaves(term, "pair")
+        return Combined(rows.like(term)) if weighed else None
     if rows.lead < 2 or dims != [rows.lead - 1]:
         return None
-    if rows.domain.order is not None:
-        raise Unproven("R402", "rows sorted by expert are summed as if they were in their tokens' order")
     return Combined(rows.like(term))
+
+
+def _is_only_slot(rows: Rows, dims: list[int]) -> bool:
+    """Whether rows of top-1, one a token, are summed over the dimension of size 1 that numbers their slot."""
+    one = isinstance(rows.domain, Pairs) and rows.domain.slots == 1 and rows.domain.order is None
+    return one and dims == [rows.lead] and len(rows.trail) == 2 and rows.trail[0] == 1
 
 
 def add_by_token(lift: Lift, node: Node) -> Value | None:
@@ -73,32 +79,40 @@ def _tokens(domain: Pairs) -> int | torch.SymInt:
 def require_sparse(lift: Lift, term: int) -> None:
     """Prove that the term is 0 wherever the dense weights hold their number off the ids.
 
-    NaN and infinities apart: 0 · inf is NaN for every token in the dense spelling and absent from the sparse one.
+    NaN and infinities apart: 0 · inf is NaN for every token of the dense spelling, none of the sparse one.
     """
-    sources = [lift.sources[str(s.attrs[0])] for s in lift.terms.leaves(term, "pair")]
-    if not sources or all(s.fill is None for s in sources):
-        raise Unproven("R405", "the dense weights are not a matrix filled with one number away from the ids")
-    if not _vanishes(lift, term):
-        raise Unproven("R406", "an expert's output is not zero where the dense weight is: it would be added for every token")
+    if vanishes(lift, term):
+        return
+    fills = {lift.sources[str(s.attrs[0])].fill for s in lift.terms.leaves(term, "pair")}
+    if fills != {0.0}:
+        raise Unproven(
+            "R405", "the dense weights are not zero away from the ids: every expert reaches every token"
+        )
+    raise Unproven(
+        "R406", "an expert's output is not zero where its weight is: every expert reaches every token"
+    )
 
 
-def _vanishes(lift: Lift, term: int) -> bool:
+def vanishes(lift: Lift, term: int) -> bool:
+    """Whether the term is 0 wherever the dense weights hold their number off the ids."""
     step = lift.terms.steps[term]
     constant = _off_ids(lift, term)
     if constant is not None:
         return constant == 0
     match step.op:
         case "mul":
-            return any(_vanishes(lift, a) for a in step.args)
-        case "linear" | "matmul" | "div":
-            return _vanishes(lift, step.args[0])
+            return any(vanishes(lift, a) for a in step.args)
+        case "linear" | "matmul":
+            return vanishes(lift, step.args[0])
+        case "div":
+            return vanishes(lift, step.args[0]) and not vanishes(lift, step.args[1])
         case "add" | "sub" | "concat" | "minimum" | "maximum":
-            return all(_vanishes(lift, a) for a in step.args)
-    return step.op in _KEEPS_ZERO and _vanishes(lift, step.args[0])
+            return all(vanishes(lift, a) for a in step.args)
+    return step.op in _KEEPS_ZERO and vanishes(lift, step.args[0])
 
 
 def _off_ids(lift: Lift, term: int) -> float | None:
-    """The number a term of dense weights and constants alone has off the ids, if it is finite."""
+    """The number a term of dense weights and constants alone has off the ids; None if it has other leaves."""
     leaves = [lift.terms.steps[t] for t in lift.terms.reachable(term) if not lift.terms.steps[t].args]
     fills: dict[Step, Step] = {}
     for leaf in leaves:
@@ -112,8 +126,7 @@ def _off_ids(lift: Lift, term: int) -> float | None:
     if len({s.attrs for s in fills.values()}) != 1:
         return None
     number = float(str(next(iter(fills.values())).attrs[0]))
-    found = float(evaluate(Body(body.steps), torch.tensor([[number]]), None, []).item())
-    return found if math.isfinite(found) else None
+    return float(evaluate(Body(body.steps), torch.tensor([[number]]), None, []).item())
 
 
 RULES: dict[str, tuple[Rule, ...]] = {"aten::sum": (sum_rows,), "aten::index_add": (add_by_token,)}

@@ -1,11 +1,12 @@
-"""Rules of dense routing weights: a (T, E) matrix that holds each token's weights at its ids and a known number elsewhere.
+"""Rules of dense routing weights: a (T, E) matrix with a token's weights at its ids, a number elsewhere.
 
     zeros.scatter(1, ids, w)                 w at the ids, 0 elsewhere
     (one_hot(ids, E) * w[..., None]).sum(1)  the same
     zeros.scatter(1, ids, 1.0) * scores      scores at the ids, 0 elsewhere
+    dense / dense.sum(-1, keepdim=True)      still 0 elsewhere
 
-Read as rows over (token, expert), the matrix is the leaf pair(w): where its number off the ids makes the whole term
-vanish, every token for every expert says no more than the selected pairs do.
+Read as rows over (token, expert), the matrix is the leaf pair(w): where its number off the ids makes the
+whole term vanish, every token for every expert says no more than the selected pairs do.
 """
 
 from __future__ import annotations
@@ -13,14 +14,24 @@ from __future__ import annotations
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import aten, is_tensor, same_size, shape, value
-from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, argument
+from dsmoe_compiler.passes.lift.state import (
+    Lift,
+    PairSource,
+    Rule,
+    Unproven,
+    argument,
+    operator_name,
+    uncast_rows,
+)
 from dsmoe_compiler.passes.lift.values import Everywhere, Filled, OneHot, Rows, Value
 
 
 def scatter(lift: Lift, node: Node) -> Value | None:
     """filled.scatter(1, ids, w): w at the ids."""
     base, ids, written = lift.of(node.args[0]), node.args[2], node.args[3]
-    if not isinstance(base, Filled) or len(shape(node)) != 2 or argument(node, "dim") not in (1, -1):
+    if node.target not in (aten.scatter.src, aten.scatter.value) or not isinstance(base, Filled):
+        return None
+    if len(shape(node)) != 2 or argument(node, "dim") not in (1, -1):
         return None
     experts = shape(node)[1]
     assert isinstance(ids, Node)
@@ -31,7 +42,7 @@ def scatter(lift: Lift, node: Node) -> Value | None:
             return None
         source = PairSource(written, ids, fill=base.number)
     elif written == 1 and base.number == 0:
-        source = PairSource(node, ids, matrix=True, fill=0.0)
+        source = PairSource(node, ids, matrix=True, mask=True, fill=0.0)
     else:
         return None
     _require_distinct(ids)
@@ -65,11 +76,57 @@ def sum_one_hot(lift: Lift, node: Node) -> Value | None:
     hot = lift.of(node.args[0])
     if not isinstance(hot, OneHot) or hot.weight is None or argument(node, "keepdim"):
         return None
-    if [d % 3 for d in argument(node, "dim")] != [1]:
+    if [d % 3 for d in argument(node, "dim") or []] != [1] or argument(node, "dtype") is not None:
         return None
     _require_distinct(hot.ids)
     leaf = lift.pair(PairSource(hot.weight, hot.ids, fill=0.0))
     return Rows(Everywhere(hot.experts, 1), leaf, 2, ())
+
+
+def scale_matrix(lift: Lift, node: Node) -> Value | None:
+    """dense weights (T, E) · (T, 1), / (T, 1) or · (T, E): still 0 off the ids."""
+    for dense_at, other_at in ((0, 1), (1, 0)):
+        rows, other = lift.rows(node.args[dense_at]), node.args[other_at]
+        if rows is None or rows.domain != Everywhere(_experts(rows), 1) or (rows.lead, rows.trail) != (2, ()):
+            continue
+        divides = operator_name(node) == "aten::div"
+        if divides and (dense_at == 1 or argument(node, "rounding_mode")):
+            continue
+        source = _zero_filled(lift, rows)
+        if source is None or not isinstance(other, Node) or not _scales(lift, other, node, divides):
+            continue
+        if (
+            source.mask
+            and not divides
+            and _same_shape(other, node)
+            and value(node).dtype == value(other).dtype
+        ):
+            return rows.like(lift.pair(PairSource(other, source.ids, matrix=True, fill=0.0)))
+        return rows.like(lift.pair(PairSource(node, source.ids, matrix=True, fill=0.0)))
+    return None
+
+
+def _experts(rows: Rows) -> int:
+    return rows.domain.experts if isinstance(rows.domain, Everywhere) else 0
+
+
+def _zero_filled(lift: Lift, rows: Rows) -> PairSource | None:
+    """The source of weights that are a leaf alone, cast or not, and 0 off the ids."""
+    term = rows.term
+    while lift.terms.steps[term].op == "cast":
+        term = lift.terms.steps[term].args[0]
+    leaf = lift.terms.steps[term]
+    source = lift.sources[str(leaf.attrs[0])] if leaf.op == "pair" else None
+    return source if source is not None and source.fill == 0 else None
+
+
+def _scales(lift: Lift, other: Node, node: Node, divides: bool) -> bool:
+    """An opaque floating value (T, 1), or (T, E) where it does not divide: 0 / 0 would be NaN off the ids."""
+    if not is_tensor(other) or not value(other).is_floating_point() or len(shape(other)) != 2:
+        return False
+    if not same_size(shape(other)[0], shape(node)[0]) or not lift.opaque(other):
+        return False
+    return same_size(shape(other)[1], 1) or (not divides and _same_shape(other, node))
 
 
 def _same_shape(a: Node, b: Node) -> bool:
@@ -77,18 +134,22 @@ def _same_shape(a: Node, b: Node) -> bool:
 
 
 def _require_distinct(ids: Node) -> None:
-    """The ids of a token differ: they are the indices of a top-k, or there is one."""
+    """The ids of a token differ: they are the indices of a top-k along them, or there is one."""
     if same_size(shape(ids)[-1], 1):
         return
-    top = ids.args[0] if ids.op == "call_function" and ids.args else None
-    picked = isinstance(top, Node) and top.target is aten.topk.default and ids.args[1] == 1
-    if not picked:
-        raise Unproven("R404", "the ids written into the dense weights may repeat within a token: they are no top-k")
+    picked = uncast_rows(ids)
+    top = picked.args[0] if operator_name(picked) == "getitem" else None
+    along = isinstance(top, Node) and operator_name(top) == "aten::topk" and picked.args[1] == 1
+    if not along or argument(top, "dim") not in (-1, len(shape(picked)) - 1):  # type: ignore[arg-type]
+        raise Unproven(
+            "R404", "the ids written into the dense weights may repeat within a token: they are no top-k"
+        )
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::scatter": (scatter,),
     "aten::one_hot": (one_hot,),
-    "aten::mul": (weigh_one_hot,),
+    "aten::mul": (weigh_one_hot, scale_matrix),
+    "aten::div": (scale_matrix,),
     "aten::sum": (sum_one_hot,),
 }

@@ -10,18 +10,48 @@ from dataclasses import dataclass
 import networkx as nx
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import ProgramGraph, common_module, is_tensor, shape, source, value
-from dsmoe_compiler.passes.lift.state import operator_name
+from dsmoe_compiler.ir.graph import (
+    CASTS,
+    COPIES,
+    VIEWS,
+    ProgramGraph,
+    common_module,
+    is_tensor,
+    shape,
+    source,
+    value,
+)
+from dsmoe_compiler.passes.lift.state import argument, operator_name
 
-_PICKS = frozenset({"aten::index", "aten::index_select", "aten::embedding", "aten::index_add", "aten::index_put"})
+_PICKS = frozenset(
+    {"aten::index", "aten::index_select", "aten::embedding", "aten::index_add", "aten::index_put"}
+)
 _WRITES = frozenset({"aten::index_put_", "aten::index_add_", "aten::scatter_add", "aten::scatter_add_"})
 _PRODUCTS = frozenset({"aten::mul", "aten::mul_", "aten::bmm", "aten::matmul", "aten::einsum"})
+_REARRANGES = (
+    "aten::t",
+    "aten::transpose",
+    "aten::permute",
+    "aten::unsqueeze",
+    "aten::squeeze",
+    "aten::slice",
+)
+_SEVERAL = ("aten::sort", "aten::where", "aten::nonzero_numpy", "aten::unbind", "aten::chunk")
+# Floating matrices that still say who chose whom.
+_MATRICES = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("one_hot", "to", "_to_copy", "t", "transpose", "permute", "unsqueeze", "view", "reshape"),
+        *("select", "mul", "sum", "type_as", "expand", "contiguous", "sigmoid"),
+    )
+)
+_INDEXED = ("aten::topk", "aten::max", "aten::min", "aten::sort")  # values, and where they were
 _SELECTORS = frozenset({"aten::topk", "aten::argmax"})
 
 
 @dataclass(frozen=True)
 class Selection:
-    """One layer: its name, the node that selects, where the selection is first used, and the user's line there."""
+    """One layer: its name, what selects, where the selection is first used, and the user's line there."""
 
     name: str
     selector: Node
@@ -59,6 +89,32 @@ def selector_of(ids: Node) -> Node | None:
     return None
 
 
+def never_negative(ids: Node) -> bool:
+    """Whether ids are indices that an operator chose, or were brought into range by a remainder or a clamp.
+
+    Others may hold −1: an index counts it from the end, the fused op drops it.
+    """
+    while ids.op == "call_function":
+        name = operator_name(ids)
+        if name in ("aten::argmax", "aten::argmin", "aten::argsort"):
+            return True
+        if name == "getitem":
+            return bool(ids.args[1] == 1) and operator_name(ids.all_input_nodes[0]) in _INDEXED
+        if name == "aten::remainder":
+            return isinstance(ids.args[1], int) and ids.args[1] > 0
+        if name in ("aten::clamp", "aten::clamp_min"):
+            low = argument(ids, "min")
+            return isinstance(low, int) and low >= 0
+        if name in ("aten::cat", "aten::concat"):
+            return all(never_negative(part) for part in argument(ids, "tensors"))
+        below = ids.args[0]
+        same = ids.target in VIEWS | CASTS | COPIES or name in _REARRANGES
+        if not same or not isinstance(below, Node):
+            return False
+        ids = below
+    return False
+
+
 def _routing_flow(graph: ProgramGraph) -> nx.DiGraph[Node]:
     """The edges along which chosen ids travel: integers, booleans, and the matrices made of them."""
     flow: nx.DiGraph[Node] = nx.DiGraph()
@@ -79,21 +135,18 @@ def _routing_flow(graph: ProgramGraph) -> nx.DiGraph[Node]:
 
 def _carries(node: Node, origin: Node) -> bool:
     if operator_name(origin) == "aten::topk":
-        return node.args[1] == 1
+        return bool(node.args[1] == 1)
     if not is_tensor(node):
-        return operator_name(node) in ("aten::sort", "aten::where", "aten::nonzero_numpy", "aten::unbind", "aten::chunk")
+        return operator_name(node) in _SEVERAL
     if not value(node).is_floating_point():
         return True
     if operator_name(node) in ("aten::scatter", "aten::scatter_"):
         return node.args[2] is origin
-    return operator_name(node) in (
-        "aten::one_hot aten::to aten::_to_copy aten::t aten::transpose aten::permute aten::unsqueeze aten::view "
-        "aten::reshape aten::select aten::mul aten::sum aten::type_as aten::expand aten::contiguous aten::sigmoid"
-    ).split()
+    return operator_name(node) in _MATRICES
 
 
 def _selects(node: Node, origin: Node) -> bool:
-    """Whether routing, arriving from `origin`, chooses rows or weights here: the other operand has rows to choose."""
+    """Whether routing from `origin` chooses rows or weights here: the other operand has rows to choose."""
     name = operator_name(node)
     if not is_tensor(node) or not value(node).is_floating_point():
         return False
@@ -107,5 +160,5 @@ def _selects(node: Node, origin: Node) -> bool:
 
 
 def same_widths(a: Node, b: Node) -> bool:
-    """Whether two values have as many numbers in their last dimension (routing matrices beside each other)."""
+    """Whether two values have last dimensions of one size (routing matrices beside each other)."""
     return str(shape(a)[-1:]) == str(shape(b)[-1:]) and len(shape(a)) == len(shape(b))

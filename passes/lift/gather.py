@@ -1,10 +1,10 @@
-"""Rules by which rows begin: tokens repeated or gathered, an expert's tensors gathered by ids, weights permuted.
+"""Rules by which rows begin: tokens repeated or gathered, experts' tensors gathered by ids, weights permuted.
 
-    x[perm // K]              token(x)      in sorted order
-    repeat_interleave(x, K)   token(x)      in the pairs' own order
-    P[ids]                    expert(P)     in the pairs' own order
-    x.repeat(E, 1)            token(x)      every token for every expert
-    v.reshape(-1)[perm]       pair(v)       in sorted order
+x[perm // K]              token(x)      in sorted order
+repeat_interleave(x, K)   token(x)      in the pairs' own order
+P[ids]                    expert(P)     in the pairs' own order
+x.repeat(E, 1)            token(x)      every token for every expert
+v.reshape(-1)[perm]       pair(v)       in sorted order
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import Size, aten, same_size, shape, value
-from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, argument
+from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, Unproven, argument
 from dsmoe_compiler.passes.lift.values import (
     Everywhere,
     InversePermutation,
@@ -23,6 +23,7 @@ from dsmoe_compiler.passes.lift.values import (
     TokenOf,
     Value,
 )
+
 
 def index(lift: Lift, node: Node) -> Value | None:
     """source[index] along the first dimension (index, index_select)."""
@@ -67,6 +68,8 @@ def _take(lift: Lift, source: Node, at: Node) -> Value | None:
         domain, lead = Pairs(*root), len(shape(at))
     tensor, flipped = parameter
     trail = _static(shape(source)[1:])
+    if len(trail) > 2 or (len(trail) == 2 and 1 in trail):
+        return None
     return Rows(domain, lift.expert(tensor), lead, trail, flipped)
 
 
@@ -77,7 +80,12 @@ def _reorder(rows: Rows, position: Value | None) -> Value | None:
         return rows.like(rows.term, domain=Pairs(rows.domain.ids, rows.domain.slots))
     if isinstance(position, Permutation):
         own = Pairs(position.domain.ids, position.domain.slots)
-        return rows.like(rows.term, domain=position.domain) if rows.domain.meet(own) is not None else None
+        if rows.domain.meet(own) is not None:
+            return rows.like(rows.term, domain=position.domain)
+    if rows.domain.order is not None and isinstance(position, (Permutation, InversePermutation)):
+        raise Unproven(
+            "R402", "sorted rows are brought back by something that is not the inverse of their sort"
+        )
     return None
 
 
@@ -88,7 +96,7 @@ def _permuted_weights(lift: Lift, source: Node, position: Permutation) -> Value 
 
 
 def is_pair_shaped(node: Node, domain: Pairs) -> bool:
-    """Whether a value holds one number a pair: the shape of the ids or its flattening, perhaps with a final 1."""
+    """Whether a value holds one number a pair: shaped as the ids or flattened, perhaps with a final 1."""
     if domain.ids is None or not value(node).is_floating_point():
         return False
     sizes = shape(node)
@@ -118,7 +126,13 @@ def repeat_interleave(lift: Lift, node: Node) -> Value | None:
 def repeat(lift: Lift, node: Node) -> Value | None:
     """x.repeat(E, 1): every token for every expert."""
     tokens, times = node.args[0], argument(node, "repeats")
-    if not lift.opaque(tokens) or len(times) != 2 or times[1] != 1 or not isinstance(times[0], int) or times[0] < 2:
+    if (
+        not lift.opaque(tokens)
+        or len(times) != 2
+        or times[1] != 1
+        or not isinstance(times[0], int)
+        or times[0] < 2
+    ):
         return None
     assert isinstance(tokens, Node)
     if len(shape(tokens)) != 2 or not value(tokens).is_floating_point():
@@ -127,7 +141,7 @@ def repeat(lift: Lift, node: Node) -> Value | None:
 
 
 def expand(lift: Lift, node: Node) -> Value | None:
-    """x.unsqueeze(0).expand(E, T, D) and x.unsqueeze(1).expand(T, K, D); rows widened along their own dimensions."""
+    """x.unsqueeze(0).expand(E, T, D), x.unsqueeze(1).expand(T, K, D); rows expanded to their own sizes."""
     source = node.args[0]
     assert isinstance(source, Node)
     sizes = shape(node)
@@ -140,6 +154,8 @@ def expand(lift: Lift, node: Node) -> Value | None:
     assert isinstance(tokens, Node)
     many = sizes[at] if at in (0, 1) else None
     if len(shape(tokens)) != 2 or not isinstance(many, int) or not value(tokens).is_floating_point():
+        return None
+    if not _same_shape(shape(tokens), (sizes[1 - at], sizes[2])):
         return None
     domain = Everywhere(many) if at == 0 else Pairs(None, many)
     return Rows(domain, lift.token(tokens), 2, _static(shape(tokens)[1:]))

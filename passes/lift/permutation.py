@@ -1,17 +1,19 @@
 """Rules of the permutation: sorting ids, finding tokens, counting, going back.
 
-    %s, %perm = sort(flatten(ids))        rows of Pairs(ids, K, order=%sort)
-    %perm // K                            the token of each row
-    cumsum(histc(%s, E, 0, E-1))          where each expert's rows end
-    scatter(arange, at=%perm)             the inverse permutation
+%s, %perm = sort(flatten(ids))        rows of Pairs(ids, K, order=%sort)
+%perm // K                            the token of each row
+cumsum(histc(%s, E, 0, E-1))          where each expert's rows end
+scatter(arange, at=%perm)             the inverse permutation
 """
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import dtype, shape, value
-from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument
+from dsmoe_compiler.ir.graph import CASTS, aten, dtype, same_size, shape
+from dsmoe_compiler.passes.lift.discover import never_negative
+from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Counts,
     Filled,
@@ -29,8 +31,9 @@ from dsmoe_compiler.passes.lift.values import (
     Value,
 )
 
-# Integers a floating dtype holds exactly: half stops at 2048, bfloat16 at 256, below the number of experts or rows.
-_EXACT = ("torch.float32", "torch.float64")
+# Numbers of rows pass through these unharmed: half stops at 2048, bfloat16 at 256, bool at 1.
+_INDICES = (torch.int32, torch.int64)
+_EXACT = (*_INDICES, torch.float32, torch.float64)
 
 
 def sort(lift: Lift, node: Node) -> Value | None:
@@ -39,13 +42,17 @@ def sort(lift: Lift, node: Node) -> Value | None:
     assert isinstance(ids, Node)
     only_indices = "argsort" in str(node.target)
     if isinstance(inner := lift.of(ids), Permutation):
+        if argument(node, "descending"):
+            raise Unproven("R402", "the inverse permutation is sorted in descending order, back to front")
         inverse = InversePermutation(inner.domain)
         return inverse if only_indices else Parts((None, inverse))
     root = lift.ids_root(ids)
     if root is None or len(shape(ids)) != 1:
         return None
     if argument(node, "descending"):
-        raise Unproven("R401", "the ids are sorted in descending order, and the offsets of grouped products ascend")
+        raise Unproven(
+            "R401", "the ids are sorted in descending order, and the offsets of grouped products ascend"
+        )
     domain = Pairs(*root, order=node)
     return Permutation(domain) if only_indices else Parts((SortedIds(domain), Permutation(domain)))
 
@@ -55,21 +62,24 @@ def token_of(lift: Lift, node: Node) -> Value | None:
     permutation, divisor = lift.of(node.args[0]), node.args[1]
     if not isinstance(permutation, Permutation) or not isinstance(divisor, int):
         return None
-    floors = argument(node, "rounding_mode", "floor") in ("floor", "trunc")
-    if not floors:
+    if "floor_divide" not in str(node.target) and argument(node, "rounding_mode") not in ("floor", "trunc"):
         return None
     if divisor != permutation.domain.slots:
-        raise Unproven("R403", f"tokens are gathered at pair // {divisor}, each token has {permutation.domain.slots} ids")
+        raise Unproven(
+            "R403", f"tokens are gathered at pair // {divisor}, each token has {permutation.domain.slots} ids"
+        )
     return TokenOf(permutation.domain)
 
 
 def integer_cast(lift: Lift, node: Node) -> Value | None:
     """A cast of routing integers keeps their meaning while it keeps their value."""
     found = lift.of(node.args[0])
-    if isinstance(found, (SortedIds, Permutation, InversePermutation, TokenOf, Counts, Offsets, OneHot, Range)):
-        if value(node).is_floating_point() and not isinstance(found, OneHot) and str(dtype(node)) not in _EXACT:
-            return None
+    if isinstance(found, OneHot):
         return found
+    if isinstance(found, (SortedIds, Counts, Offsets)):
+        return found if dtype(node) in _EXACT else None
+    if isinstance(found, (Permutation, InversePermutation, TokenOf, Range)):
+        return found if dtype(node) in _INDICES else None
     return None
 
 
@@ -93,7 +103,7 @@ def count(lift: Lift, node: Node) -> Value | None:
 def _counted_ids(lift: Lift, node: Node) -> Node | None:
     if isinstance(found := lift.of(node), SortedIds):
         return found.domain.ids
-    if value(node).is_floating_point() and str(dtype(node)) in _EXACT and node.op == "call_function":
+    if node.target in CASTS and dtype(node) in _EXACT:
         below = node.args[0]
         return _counted_ids(lift, below) if isinstance(below, Node) else None
     root = lift.ids_root(node)
@@ -103,7 +113,7 @@ def _counted_ids(lift: Lift, node: Node) -> Node | None:
 def offsets(lift: Lift, node: Node) -> Value | None:
     """cumsum(counts) -> where each expert's rows end."""
     counts = lift.of(node.args[0])
-    if isinstance(counts, Counts) and argument(node, "dim") in (0, -1):
+    if isinstance(counts, Counts) and argument(node, "dim") in (0, -1) and dtype(node) in _EXACT:
         return Offsets(counts.ids, counts.experts)
     return None
 
@@ -111,34 +121,44 @@ def offsets(lift: Lift, node: Node) -> Value | None:
 def offsets_by_search(lift: Lift, node: Node) -> Value | None:
     """searchsorted(ids ascending, arange(E), right=True) -> where each expert's rows end."""
     ids, experts = lift.of(node.args[0]), node.args[1]
-    assert isinstance(experts, Node)
     right = argument(node, "right") or argument(node, "side") == "right"
+    if not isinstance(experts, Node) or not isinstance(lift.of(experts), Range):
+        return None
     size = shape(experts)[0]
-    if isinstance(ids, SortedIds) and isinstance(lift.of(experts), Range) and right and isinstance(size, int):
-        assert ids.domain.ids is not None
-        return Offsets(ids.domain.ids, size)
-    return None
+    if not isinstance(ids, SortedIds) or not right or not isinstance(size, int):
+        return None
+    assert ids.domain.ids is not None
+    if not never_negative(ids.domain.ids):
+        raise Unproven("R401", "ids that may be negative are searched for, which hands them to expert 0")
+    return Offsets(ids.domain.ids, size)
 
 
 def invert(lift: Lift, node: Node) -> Value | None:
-    """scratch[permutation] = arange -> the inverse; scratch[permutation] = rows -> the rows in their pairs' order."""
+    """scratch[permutation] = arange -> its inverse; scratch[permutation] = rows -> the rows as pairs."""
     if "index_put" in str(node.target):
         indices = argument(node, "indices")
         if len(indices) != 1 or argument(node, "accumulate"):
             return None
-        position, written = lift.of(indices[0]), node.args[2]
+        at, written = indices[0], node.args[2]
     else:
-        if argument(node, "dim") not in (0, -1):
+        if argument(node, "dim") not in (0, -1) or node.target is not aten.scatter.src:
             return None
-        position, written = lift.of(node.args[2]), node.args[3]
+        at, written = node.args[2], node.args[3]
+    position, content = lift.of(at), lift.of(written)
     if not isinstance(position, Permutation) or not isinstance(lift.of(node.args[0]), (Scratch, Filled)):
         return None
-    content = lift.of(written)
+    if content is None or not (_as_long(at, written) and _as_long(at, node)):
+        return None
     if isinstance(content, Range):
         return InversePermutation(position.domain)
     if isinstance(content, Rows) and content.lead == 1 and content.domain == position.domain:
         return content.like(content.term, domain=Pairs(position.domain.ids, position.domain.slots))
     return None
+
+
+def _as_long(a: object, b: object) -> bool:
+    assert isinstance(a, Node) and isinstance(b, Node)
+    return same_size(shape(a)[0], shape(b)[0])
 
 
 def scratch(lift: Lift, node: Node) -> Value | None:
@@ -147,8 +167,8 @@ def scratch(lift: Lift, node: Node) -> Value | None:
 
 
 def filled(lift: Lift, node: Node) -> Value | None:
-    """zeros, full and their _like forms."""
-    number = argument(node, "fill_value", 0)
+    """zeros, ones, full and their forms by example."""
+    number = argument(node, "fill_value", int("ones" in operator_name(node)))
     return Filled(float(number)) if isinstance(number, (int, float)) else None
 
 
@@ -169,7 +189,10 @@ def pick(lift: Lift, node: Node) -> Value | None:
 def flat_routing_view(lift: Lift, node: Node) -> Value | None:
     """A view of a vector as a vector."""
     found = lift.of(node.args[0])
-    if isinstance(found, (SortedIds, Permutation, InversePermutation, TokenOf, Range)) and len(shape(node)) == 1:
+    if (
+        isinstance(found, (SortedIds, Permutation, InversePermutation, TokenOf, Range))
+        and len(shape(node)) == 1
+    ):
         return found
     return None
 
@@ -194,7 +217,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::zeros_like": (filled,),
     "aten::zeros": (filled,),
     "aten::new_zeros": (filled,),
+    "aten::ones_like": (filled,),
+    "aten::ones": (filled,),
+    "aten::new_ones": (filled,),
     "aten::full": (filled,),
+    "aten::new_full": (filled,),
     "aten::full_like": (filled,),
     "aten::arange": (count_up,),
     "getitem": (pick,),

@@ -1,15 +1,15 @@
 """Rules of the products between rows and an expert's weight matrix.
 
-    grouped_mm(rows, P, offsets)       sorted rows, each with its expert's matrix
-    bmm(P[ids], row columns)           pairs in their own order, each with its gathered matrix
-    bmm(rows (E, T, D), P)             every token with every expert's matrix
+grouped_mm(rows, P, offsets)       sorted rows, each with its expert's matrix
+bmm(P[ids], row columns)           pairs in their own order, each with its gathered matrix
+bmm(rows (E, T, D), P)             every token with every expert's matrix
 """
 
 from __future__ import annotations
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import aten, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape
 from dsmoe_compiler.passes.lift.gather import tokens_everywhere
 from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument
 from dsmoe_compiler.passes.lift.values import Everywhere, Offsets, Pairs, Rows, Value
@@ -23,12 +23,18 @@ def grouped(lift: Lift, node: Node) -> Value | None:
         return None
     if node.target is aten._grouped_mm.default and argument(node, "bias") is not None:
         return None
+    source = node.args[0]
+    assert isinstance(source, Node)
+    if dtype(node) != dtype(source) or len(shape(weights[0])) != 3:
+        return None
     offsets = lift.of(ends)
     if rows.domain.order is None or not isinstance(offsets, Offsets) or offsets.ids is not rows.domain.ids:
         raise Unproven("R401", "the group offsets are not the counts of the ids that the rows were sorted by")
     parameter, flipped = weights
     if not same_size(shape(parameter)[0], offsets.experts):
-        raise Unproven("R401", f"{offsets.experts} experts are counted, the weights hold {shape(parameter)[0]}")
+        raise Unproven(
+            "R401", f"{offsets.experts} experts are counted, the weights hold {shape(parameter)[0]}"
+        )
     if rows.lead != 1 or len(rows.trail) != 1:
         return None
     width = shape(parameter)[1 if flipped else 2]
@@ -40,10 +46,10 @@ def batched(lift: Lift, node: Node) -> Value | None:
     """bmm or matmul of rows with gathered matrices, or of every token with every expert's matrix."""
     left, right = node.args[0], node.args[1]
     a, b = lift.rows(left), lift.rows(right)
-    if a is not None and a.is_matrix and b is not None and not b.is_matrix:
-        return _gathered(lift, a, b, column=True)
-    if b is not None and b.is_matrix and a is not None and not a.is_matrix:
-        return _gathered(lift, b, a, column=False)
+    if a is not None and b is not None and a.is_matrix != b.is_matrix:
+        if not _same_rows(node, left, right, a.lead):
+            return None
+        return _gathered(lift, a, b, column=True) if a.is_matrix else _gathered(lift, b, a, column=False)
     weights = lift.expert_parameter(right)
     if weights is None or len(shape(weights[0])) != 3:
         return None
@@ -59,12 +65,18 @@ def batched(lift: Lift, node: Node) -> Value | None:
     return _product(lift, a, parameter, "linear" if flipped else "matmul", (width,))
 
 
+def _same_rows(node: Node, left: object, right: object, lead: int) -> bool:
+    """Whether both operands have the product's own row dimensions: matmul would broadcast a single row."""
+    assert isinstance(left, Node) and isinstance(right, Node)
+    return all(map(same_size, shape(node)[:lead] * 2, shape(left)[:lead] + shape(right)[:lead]))
+
+
 def _gathered(lift: Lift, matrix: Rows, rows: Rows, *, column: bool) -> Rows | None:
-    """P[e] · column, or row · P[e]; the matrix as gathered is (out, in) for a column and (in, out) for a row."""
-    domain = matrix.domain.meet(rows.domain)  # type: ignore[arg-type]
+    """P[e] · column, P[e] being (out, in) as gathered; or row · P[e], it being (in, out)."""
+    domain = matrix.domain.meet(rows.domain)
     if domain is None or matrix.lead != rows.lead or len(matrix.trail) != 2 or len(rows.trail) != 2:
         return None
-    if rows.trail[1 if column else 0] != 1:
+    if rows.trail != ((matrix.trail[1], 1) if column else (1, matrix.trail[0])):
         return None
     out = matrix.trail[0] if column else matrix.trail[1]
     op = "linear" if column != matrix.flipped else "matmul"
@@ -73,12 +85,12 @@ def _gathered(lift: Lift, matrix: Rows, rows: Rows, *, column: bool) -> Rows | N
 
 
 def einsum(lift: Lift, node: Node) -> Value | None:
-    """einsum of every token with every expert's matrix: "td,edf->etf", "etf,efd->etd", "te…" orders likewise."""
+    """einsum of every token with every expert's matrix: "td,edf->etf", "etf,efd->etd", "…->te…" likewise."""
     operands = argument(node, "tensors")
-    if len(operands) != 2:
-        return None
-    inputs, out = str(argument(node, "equation")).replace(" ", "").split("->")
+    inputs, arrow, out = str(argument(node, "equation")).replace(" ", "").partition("->")
     names = inputs.split(",")
+    if len(operands) != 2 or not arrow:
+        return None
     which = next((i for i, o in enumerate(operands) if lift.expert_parameter(o) is not None), None)
     if which is None:
         return None
@@ -95,36 +107,47 @@ def einsum(lift: Lift, node: Node) -> Value | None:
     inner = other[-1]
     if rows is None or rows.lead != 2 or len(rows.trail) != 1 or not isinstance(rows.domain, Everywhere):
         return None
-    if other.index(e) != rows.domain.axis or rows.domain.experts != experts or inner not in weights[1:]:
+    if other.find(e) != rows.domain.axis or rows.domain.experts != experts or inner not in weights[1:]:
         return None
     outer = weights[2] if weights[1] == inner else weights[1]
     token = other[1 - rows.domain.axis]
-    if set(out) != {e, token, outer} or out[-1] != outer:
+    if len(out) != 3 or set(out) != {e, token, outer} or out[-1] != outer:
+        return None
+    if shape(operands[which])[weights.index(inner)] != rows.width:
         return None
     op = "linear" if (weights[2] == inner) != flipped else "matmul"
     width = shape(operands[which])[weights.index(outer)]
     assert isinstance(width, int)
-    return _product(lift, rows.like(rows.term, domain=Everywhere(experts, out.index(e))), parameter, op, (width,))
+    return _product(
+        lift, rows.like(rows.term, domain=Everywhere(experts, out.index(e))), parameter, op, (width,)
+    )
 
 
 def _product(lift: Lift, rows: Rows, parameter: Node, op: str, trail: tuple[int, ...]) -> Rows:
     return rows.like(lift.terms.number(op, (rows.term, lift.expert(parameter))), trail)
 
 
-def linear_per_expert_bias(lift: Lift, node: Node) -> Value | None:
-    """rows (E, T, F) + bias.unsqueeze(1): an expert's vector beside every token's row."""
+def expert_bias(lift: Lift, node: Node) -> Value | None:
+    """rows (E, T, F) + bias (E, 1, F), rows (T, E, F) + bias (E, F): an expert's vector a row."""
     for rows_at, bias_at in ((0, 1), (1, 0)):
         rows, bias = lift.rows(node.args[rows_at]), node.args[bias_at]
         if rows is None or not isinstance(rows.domain, Everywhere) or not isinstance(bias, Node):
             continue
-        if bias.target is not aten.unsqueeze.default or argument(bias, "dim") % 3 != 1 or rows.domain.axis != 0:
+        vector = _beside(bias, rows.domain.axis)
+        found = None if vector is None else lift.expert_parameter(vector)
+        if found is None or found[1] or rows.lead != 2 or argument(node, "alpha", 1) != 1:
             continue
-        found = lift.expert_parameter(bias.args[0])
-        if found is None or found[1] or not same_size(shape(found[0])[0], rows.domain.experts):
-            continue
-        if tuple(value(bias).shape[2:]) == rows.trail and argument(node, "alpha", 1) == 1:
+        if shape(found[0]) == (rows.domain.experts, *rows.trail) and len(shape(node)) == 3:
             return rows.like(lift.terms.number("add", (rows.term, lift.expert(found[0]))))
     return None
+
+
+def _beside(bias: Node, axis: int) -> Node | None:
+    """The (E, F) value under dimensions of size 1 that put its experts on `axis` of three."""
+    if bias.target is aten.unsqueeze.default and argument(bias, "dim") % len(shape(bias)) == 1 - axis:
+        below = bias.args[0]
+        return below if isinstance(below, Node) else None
+    return bias if axis == 1 and is_tensor(bias) and len(shape(bias)) == 2 else None
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -133,5 +156,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::bmm": (batched,),
     "aten::matmul": (batched,),
     "aten::einsum": (einsum,),
-    "aten::add": (linear_per_expert_bias,),
+    "aten::add": (expert_bias,),
 }

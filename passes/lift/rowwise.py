@@ -1,6 +1,6 @@
-"""Rules that extend a row's term: anything pointwise, or along the last dimension, that leaves the rows alone.
+"""Rules that extend a row's term: what is pointwise, or along the last dimension, and leaves the rows alone.
 
-One rule per shape of operator, not per operator: the tables say which word of the body vocabulary an ATen operator is.
+One rule per shape of operator, not per operator: the tables say which body operator an ATen operator is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,15 @@ from torch.fx import Node
 from dsmoe_compiler.ir.body import Attr
 from dsmoe_compiler.ir.graph import Size, is_tensor, same_size, shape, value
 from dsmoe_compiler.passes.lift.gather import is_pair_shaped
-from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, argument, operator_name
+from dsmoe_compiler.passes.lift.state import (
+    Lift,
+    NotStatic,
+    PairSource,
+    Rule,
+    Unproven,
+    argument,
+    operator_name,
+)
 from dsmoe_compiler.passes.lift.values import Everywhere, Pairs, Parts, Rows, Value
 
 UNARY = {
@@ -46,7 +54,11 @@ def unary(lift: Lift, node: Node) -> Value | None:
 def gelu(lift: Lift, node: Node) -> Value | None:
     """gelu, exact or by tanh."""
     rows = lift.rows(node.args[0])
-    return _applied(lift, rows, "gelu_tanh" if argument(node, "approximate") == "tanh" else "gelu") if rows else None
+    return (
+        _applied(lift, rows, "gelu_tanh" if argument(node, "approximate") == "tanh" else "gelu")
+        if rows
+        else None
+    )
 
 
 def softplus(lift: Lift, node: Node) -> Value | None:
@@ -103,9 +115,9 @@ def binary(lift: Lift, node: Node) -> Value | None:
     if any(o is None for o in operands):
         return None
     a, b = (o for o in operands if o is not None)
-    domain = a.domain.meet(b.domain)  # type: ignore[arg-type]
+    domain = a.domain.meet(b.domain)
     trail = _broadcast(a.trail, b.trail)
-    if domain is None or trail is None or a.lead != b.lead or not _survives(node, a, b, trail):
+    if domain is None or trail is None or a.lead != b.lead or not _survives(node, a, trail):
         return None
     return Rows(domain, lift.terms.number(op, (a.term, b.term)), a.lead, trail)
 
@@ -131,17 +143,16 @@ def _operand(lift: Lift, argument: object, rows: Rows | None, anchor: Rows) -> R
 
 
 def _opaque_operand(lift: Lift, node: Node, anchor: Rows) -> Rows | None:
-    """A routing weight beside rows: one opaque number per pair, or per (token, expert) beside dense weights."""
+    """A routing weight beside rows: one opaque number per pair."""
     trail = tuple(1 for _ in shape(node)[anchor.lead :])
     if isinstance(anchor.domain, Pairs):
         fits = anchor.domain.order is None and is_pair_shaped(node, anchor.domain)
         fits = fits and all(same_size(s, 1) for s in shape(node)[anchor.lead :])
-        return anchor.like(lift.pair(PairSource(node)), trail) if fits and len(shape(node)) >= anchor.lead else None
-    if anchor.domain == Everywhere(anchor.domain.experts, 1) and anchor.lead == 2 and len(shape(node)) == 2:
-        leaf = next((s for s in lift.terms.leaves(anchor.term, "pair")), None)
-        if leaf is None or not same_size(shape(node)[1], anchor.domain.experts):
-            return None
-        return anchor.like(lift.pair(PairSource(node, lift.sources[str(leaf.attrs[0])].ids, matrix=True)), trail)
+        return (
+            anchor.like(lift.pair(PairSource(node)), trail)
+            if fits and len(shape(node)) >= anchor.lead
+            else None
+        )
     return None
 
 
@@ -152,10 +163,19 @@ def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None
     return trail if sum(s != 1 for s in trail) <= 1 else None
 
 
-def _survives(node: Node, a: Rows, b: Rows, trail: tuple[int, ...]) -> bool:
-    """The result's shape is the rows' shape: nothing was broadcast into the row dimensions."""
+def _survives(node: Node, rows: Rows, trail: tuple[int, ...]) -> bool:
+    """The result has every operand's own row dimensions, then the width: no row was broadcast."""
     sizes = shape(node)
-    return len(sizes) == a.lead + len(trail) and all(same_size(x, y) for x, y in zip(sizes[a.lead :], trail, strict=True))
+    if len(sizes) != rows.lead + len(trail) or not all(map(same_size, sizes[rows.lead :], trail)):
+        return False
+    operands = [a for a in node.args[:2] if isinstance(a, Node)]
+    return all(
+        map(
+            same_size,
+            sizes[: rows.lead] * len(operands),
+            [s for a in operands for s in shape(a)[: rows.lead]],
+        )
+    )
 
 
 def take_slice(lift: Lift, node: Node) -> Value | None:
@@ -171,13 +191,13 @@ def take_slice(lift: Lift, node: Node) -> Value | None:
         whole = start == 0 and step == 1 and (stop is None or (isinstance(stop, int) and stop >= _WHOLE))
         return rows if whole else None
     width = rows.trail[dim - rows.lead]
-    if rows.is_matrix or width != rows.width or not all(isinstance(s, int) for s in (start, step)):
+    stop = width if stop is None else stop
+    if rows.is_matrix or width != rows.width or not all(isinstance(s, int) for s in (start, stop, step)):
         return None
     return _sliced(lift, rows, dim, *_bounds(start, stop, width), step)
 
 
-def _bounds(start: int, stop: int | None, width: int) -> tuple[int, int]:
-    stop = width if stop is None else stop
+def _bounds(start: int, stop: int, width: int) -> tuple[int, int]:
     start, stop = (s + width if s < 0 else s for s in (start, stop))
     return min(max(start, 0), width), min(max(stop, 0), width)
 
@@ -215,7 +235,7 @@ def concatenate(lift: Lift, node: Node) -> Value | None:
         return None
     a, b = rows[0], rows[1]
     dim = argument(node, "dim") % len(shape(node))
-    domain = a.domain.meet(b.domain)  # type: ignore[arg-type]
+    domain = a.domain.meet(b.domain)
     if domain is None or a.lead != b.lead or dim != a.lead + len(a.trail) - 1 or len(a.trail) != len(b.trail):
         return None
     trail = (*a.trail[:-1], a.trail[-1] + b.trail[-1])
@@ -227,7 +247,7 @@ def mean(lift: Lift, node: Node) -> Value | None:
     rows = lift.rows(node.args[0])
     if rows is None or rows.is_matrix or not argument(node, "keepdim") or argument(node, "dtype") is not None:
         return None
-    dims = [d % (rows.lead + len(rows.trail)) for d in argument(node, "dim")]
+    dims = [d % (rows.lead + len(rows.trail)) for d in argument(node, "dim") or []]
     if dims != [rows.lead + len(rows.trail) - 1] or rows.trail[-1] != rows.width:
         return None
     return rows.like(lift.terms.number("mean", (rows.term,)), (*rows.trail[:-1], 1))
@@ -241,7 +261,7 @@ def copy(lift: Lift, node: Node) -> Value | None:
 
 
 def view(lift: Lift, node: Node) -> Value | None:
-    """A view that keeps each row in one piece: the rows' numbering changes, or dimensions of size 1 come and go."""
+    """A view that keeps each row in one piece: rows are renumbered, dimensions of size 1 come and go."""
     rows = lift.rows(node.args[0])
     if rows is None:
         return None
@@ -254,6 +274,9 @@ def view(lift: Lift, node: Node) -> Value | None:
         trail = new[lead:]
         if all(isinstance(s, int) for s in trail) and _product(trail) == rows.width and _one_piece(trail):
             return Rows(rows.domain, rows.term, lead, tuple(int(s) for s in trail))
+    sorted_rows = isinstance(rows.domain, Pairs) and rows.domain.order is not None
+    if sorted_rows and len(new) > len(old) and same_size(new[-1], old[-1]):
+        raise Unproven("R402", "rows sorted by expert are split as if they were in their tokens' order")
     return None
 
 
@@ -270,7 +293,9 @@ def _leads(rows: Rows, old: tuple[Size, ...], new: tuple[Size, ...]) -> list[int
     elif rows.domain.order is None:
         if rows.lead > 1:
             found.append(1)
-        found += [n for n in range(2, len(new) + 1) if same_size(new[n - 1], rows.domain.slots) and n not in found]
+        found += [
+            n for n in range(2, len(new) + 1) if same_size(new[n - 1], rows.domain.slots) and n not in found
+        ]
     return found
 
 
@@ -309,8 +334,12 @@ def transpose(lift: Lift, node: Node) -> Value | None:
         i, j = (d % rank for d in node.args[1:3] if isinstance(d, int))
         order[i], order[j] = j, i
     else:
-        order = order[::-1]
-    if order[: rows.lead] == [1, 0] and isinstance(rows.domain, Everywhere) and order[2:] == list(range(2, rank)):
+        order[-2:] = order[:-3:-1]
+    if (
+        order[: rows.lead] == [1, 0]
+        and isinstance(rows.domain, Everywhere)
+        and order[2:] == list(range(2, rank))
+    ):
         return rows.like(rows.term, domain=Everywhere(rows.domain.experts, 1 - rows.domain.axis))
     if order[: rows.lead] != list(range(rows.lead)):
         return None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, TypeAlias
 
+import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir.body import Terms
@@ -15,10 +17,11 @@ from dsmoe_compiler.ir.graph import (
     VIEWS,
     ProgramGraph,
     alias_root,
+    dtype,
     is_tensor,
     mutated_argument,
+    same_size,
     shape,
-    value,
 )
 from dsmoe_compiler.passes.lift.values import Combined, Pairs, Rows, Value
 
@@ -39,7 +42,7 @@ class NotStatic(Exception):
 
 @dataclass(frozen=True)
 class Lost:
-    """The value at which a layer's meaning ended: its ids (None if not known), the node, a refusal code, a reason."""
+    """Where a layer's meaning ended: its ids (None if not known), the node, a refusal code, a reason."""
 
     ids: Node | None
     node: Node
@@ -47,13 +50,21 @@ class Lost:
     because: str
 
 
+# Types of integers that hold any expert's number; a cast to one of the others may change it.
+_WIDE = frozenset({torch.int16, torch.int32, torch.int64})
+
+
 @dataclass(frozen=True)
 class PairSource:
-    """Where a routing weight comes from: a (T, K) value, or a (T, E) matrix to be read at the ids."""
+    """Where a routing weight comes from: a (T, K) value, or a (T, E) matrix to be read at the ids.
+
+    `fill` is what dense weights hold away from the ids, None if they are not; a `mask` holds 1 at them.
+    """
 
     node: Node
     ids: Node | None = None
     matrix: bool = False
+    mask: bool = False
     fill: float | None = None
 
 
@@ -66,6 +77,7 @@ class Lift:
     terms: Terms = field(default_factory=Terms)
     meaning: dict[Node, Value] = field(default_factory=dict)
     sources: dict[str, PairSource] = field(default_factory=dict)
+    tokens: dict[str, Node] = field(default_factory=dict)
     params: dict[str, Node] = field(default_factory=dict)
     losses: list[Lost] = field(default_factory=list)
     overwritten: set[Node] = field(default_factory=set)
@@ -120,11 +132,12 @@ class Lift:
         rows = [v for a in node.all_input_nodes if isinstance(v := self.meaning.get(a), Rows)]
         where = {True: "pairs in their own order", False: "pairs sorted by expert"}
         names = [
-            where[v.domain.order is None] if isinstance(v.domain, Pairs) else "every token for every expert" for v in rows
+            where[v.domain.order is None] if isinstance(v.domain, Pairs) else "every token for every expert"
+            for v in rows
         ]
         return " and ".join(dict.fromkeys(names)) or "these values"
 
-    # -- what rules ask ------------------------------------------------------------------------------------------
+    # -- what rules ask --------------------------------------------------------------------------------------
 
     def rows(self, node: object) -> Rows | None:
         """The node's meaning if it is rows."""
@@ -136,11 +149,24 @@ class Lift:
         return self.meaning.get(node) if isinstance(node, Node) else None
 
     def opaque(self, node: object) -> bool:
-        """A tensor of the program that has no meaning yet and is no parameter: a possible leaf."""
-        return is_tensor(node) and self.of(node) is None and self.expert_parameter(node) is None
+        """A tensor of the program that has no meaning yet and is no parameter: a possible leaf.
+
+        Raises Unproven where it is overwritten: the fused op would read it later than the model does.
+        """
+        if not isinstance(node, Node) or not is_tensor(node) or self.expert_parameter(node) is not None:
+            return False
+        if not isinstance(self.of(node), (Combined, NoneType)):
+            return False
+        self._require_unwritten(node)
+        return True
+
+    def _require_unwritten(self, node: Node) -> None:
+        if self.overwritten and alias_root(node) in self.overwritten:
+            raise Unproven("R408", f"the layer reads %{node.name}, which is overwritten in place")
 
     def token(self, node: Node) -> int:
         """The leaf x[token], x being `node` (T, D)."""
+        self.tokens[node.name] = node
         return self.terms.number("token", (), (node.name,))
 
     def pair(self, source: PairSource) -> int:
@@ -150,11 +176,12 @@ class Lift:
 
     def expert(self, parameter: Node) -> int:
         """The leaf P[expert], P being the whole parameter, E first."""
+        self._require_unwritten(parameter)
         self.params[parameter.name] = parameter
         return self.terms.number("expert", (), (parameter.name,))
 
     def expert_parameter(self, node: object) -> tuple[Node, bool] | None:
-        """(parameter, whether its last two dimensions are swapped) for a parameter seen through transposes."""
+        """(parameter, whether its last two dimensions are swapped) under transposes and copies."""
         flipped = False
         while isinstance(node, Node) and node.op == "call_function":
             if not node.args or not is_tensor(node.args[0]):
@@ -171,12 +198,13 @@ class Lift:
         return None
 
     def ids_root(self, node: Node) -> tuple[Node, int] | None:
-        """(ids (…, K), K) under an integer vector or matrix; K is the static size of the ids' last dimension."""
-        if not is_tensor(node) or value(node).is_floating_point() or self.of(node) is not None:
+        """(ids (…, K), K) under integers of any shape; K is the static size of the ids' last dimension."""
+        if not _holds_ids(node) or self.of(node) is not None:
             return None
+        self._require_unwritten(node)
         while node.op == "call_function":
             below = node.args[0] if node.args else None
-            if not isinstance(below, Node) or not is_tensor(below) or value(below).is_floating_point():
+            if not isinstance(below, Node) or not _holds_ids(below):
                 break
             flattens = node.target in VIEWS and len(shape(node)) == 1
             if not (flattens or node.target in CASTS | COPIES):
@@ -185,6 +213,29 @@ class Lift:
         sizes = shape(node)
         slots = sizes[-1] if len(sizes) > 1 else 1
         return (node, slots) if isinstance(slots, int) else None
+
+
+def row_base(node: Node) -> Node:
+    """The value under reshapes that keep the last dimension, so the same rows in the same order."""
+    while node.op == "call_function" and node.target in VIEWS | COPIES:
+        below = node.args[0]
+        if not isinstance(below, Node) or not is_tensor(below) or not shape(below) or not shape(node):
+            break
+        if not same_size(shape(below)[-1], shape(node)[-1]):
+            break
+        node = below
+    return node
+
+
+def uncast_rows(node: Node) -> Node:
+    """The value under casts, too."""
+    while (base := row_base(node)).target in CASTS and isinstance(base.args[0], Node):
+        node = base.args[0]
+    return base
+
+
+def _holds_ids(node: Node) -> bool:
+    return is_tensor(node) and dtype(node) in _WIDE
 
 
 def operator_name(node: Node) -> str:

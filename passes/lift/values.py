@@ -1,7 +1,7 @@
 """What a value of the graph can mean, as facts.
 
-A `Rows` value says of each of its rows: this is `term` for the row's token, slot and expert. The row *domain* says
-which rows there are:
+A `Rows` value says of each of its rows: this is `term` for the row's token, slot and expert. The row *domain*
+says which rows there are:
 
     Pairs(ids, K, order=None)   the T·K (token, slot) pairs in their own order
     Pairs(ids, K, order=%sort)  the same pairs, sorted by expert
@@ -26,9 +26,9 @@ class Pairs:
     slots: int
     order: Node | None = None
 
-    def meet(self, other: Pairs) -> Pairs | None:
+    def meet(self, other: Domain) -> Pairs | None:
         """The same rows said with all that either knows, or None when they are not the same rows."""
-        if (self.slots, self.order) != (other.slots, other.order):
+        if not isinstance(other, Pairs) or (self.slots, self.order) != (other.slots, other.order):
             return None
         if self.ids is not None and other.ids is not None and self.ids is not other.ids:
             return None
@@ -42,7 +42,7 @@ class Everywhere:
     experts: int
     axis: int = 0
 
-    def meet(self, other: Everywhere) -> Everywhere | None:
+    def meet(self, other: Domain) -> Everywhere | None:
         """The same rows, or None."""
         return self if self == other else None
 
@@ -54,9 +54,8 @@ Domain: TypeAlias = Pairs | Everywhere
 class Rows:
     """Row r of the value is `term`, whose width is the product of `trail`; `lead` dimensions number the rows.
 
-    At most one dimension of `trail` is not 1, but for an expert's weight matrix gathered per row, which has two
-    (`flipped` says that they are the parameter's transposed).
-    """
+    At most one dimension of `trail` is not 1, but for an expert's weight matrix gathered per row, which has
+    two (`flipped` says that they are the parameter's transposed)."""
 
     domain: Domain
     term: int
@@ -77,7 +76,9 @@ class Rows:
 
     def like(self, term: int, trail: tuple[int, ...] | None = None, domain: Domain | None = None) -> Rows:
         """The same rows holding another term."""
-        return replace(self, term=term, trail=self.trail if trail is None else trail, domain=domain or self.domain)
+        return replace(
+            self, term=term, trail=self.trail if trail is None else trail, domain=domain or self.domain
+        )
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ def test_what_all_layers_share_is_said_once(big: Report) -> None:
 
 
 def test_the_headline_counts(big: Report, mixed: Report) -> None:
-    assert render(big).startswith("DeepSeekMoEForCausalLM: 61 of 61 MoE layers fused, capture: export\n"), (
+    assert render(big).startswith("DeepSeekMoEForCausalLM: 61 of 61 MoE layers fused; export\n"), (
         "an inspection has no backend"
     )
-    assert render(mixed).startswith("Mixed: 3 of 4 MoE layers fused, capture: export, backend: cpu\n")
+    assert render(mixed).startswith("Mixed: 3 of 4 MoE layers fused; export, backend cpu\n")
 
 
 def test_a_refusal_stands_below_its_layer(mixed: Report) -> None:

@@ -1,0 +1,86 @@
+"""What tracing assumed of the sizes beyond their ranges: conditions that a call must meet.
+
+torch.export writes them down as Python: `L['x'].size()[0] > L['y'].size()[0]`. They travel in saved files, so only
+arithmetic and comparisons of sizes are ever evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import CodeType
+
+# A flat input as the guard names it, and one of its dimensions.
+Dimension = tuple[str, int]
+
+_ATOM = re.compile(r"(L(?:\[(?:'[^']*'|\d+)\])+)\.size\(\)\[(\d+)\]")
+_NOT_SMALL = re.compile(r"!= [01]$|> 1$|>= 2$")
+_FUNCTIONS = {"max": max, "min": min, "math": math}
+_ALLOWED = (
+    ast.Expression,
+    ast.BoolOp,
+    ast.boolop,
+    ast.UnaryOp,
+    ast.unaryop,
+    ast.BinOp,
+    ast.operator,
+    ast.Compare,
+    ast.cmpop,
+    ast.Constant,
+    ast.Name,
+    ast.Load,
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`text` in the user's words, `sizes` the dimensions it is about, `code` the same over s0, s1, …
+
+    `doubtful`: it only says that something is neither 0 nor 1. torch assumes that of sizes whether the model cares or
+    not, to settle questions of memory layout and broadcasting.
+    """
+
+    text: str
+    doubtful: bool
+    sizes: tuple[Dimension, ...]
+    code: CodeType
+
+    def holds(self, sizes: Mapping[Dimension, int]) -> bool:
+        """Whether these sizes meet it; a division by a size of 0 does not."""
+        values = {f"s{i}": sizes[s] for i, s in enumerate(self.sizes)}
+        try:
+            return bool(eval(self.code, {"__builtins__": {}, **_FUNCTIONS}, values))
+        except ArithmeticError:
+            return False
+
+
+def conditions(guards: Iterable[str], names: Mapping[str, str]) -> tuple[Condition, ...]:
+    """The guards that speak of sizes of the inputs in `names` (from the guard's name of an input to the user's)."""
+    found = (_condition(guard, names) for guard in guards)
+    return tuple(condition for condition in found if condition is not None)
+
+
+def _condition(guard: str, names: Mapping[str, str]) -> Condition | None:
+    sizes = tuple(dict.fromkeys((name, int(dim)) for name, dim in _ATOM.findall(guard)))
+    if not sizes or any(name not in names for name, _ in sizes):
+        return None
+    code = _ATOM.sub(lambda atom: f"s{sizes.index((atom[1], int(atom[2])))}", guard)
+    tree = ast.parse(code.strip(), mode="eval")
+    if not all(isinstance(node, _ALLOWED) or _is_function(node) for node in ast.walk(tree)):
+        return None
+    text = _ATOM.sub(lambda atom: f"{names[atom[1]]}.shape[{atom[2]}]", guard)
+    text = ast.unparse(ast.parse(text.strip(), mode="eval"))
+    return Condition(text, _NOT_SMALL.search(text) is not None, sizes, compile(tree, "<guard>", "eval"))
+
+
+def _is_function(node: ast.AST) -> bool:
+    """A call of min, max or a function of math, or that function's name."""
+    if isinstance(node, ast.Attribute):
+        return isinstance(node.value, ast.Name) and node.value.id == "math" and not node.attr.startswith("_")
+    if isinstance(node, ast.Call):
+        named = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
+        return not node.keywords and (named or _is_function(node.func))
+    return False
