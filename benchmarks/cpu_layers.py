@@ -1,14 +1,18 @@
 """Compiled against eager and against transformers on a CPU: the demo model, and single MoE layers.
 
-    python -m benchmarks.cpu_layers [--quick] [--json PATH]
+    python -m benchmarks.cpu_layers [--quick] [--one-thread] [--json PATH]
 
-The eager loop is the zoo's own, as DeepSeek and transformers write it: one expert after another, each on the tokens
-that chose it. Layers take turns with other layers' weights and other tokens, as in a whole model, so that no figure
-tells of weights that a cache happened to hold. Every candidate's answer is compared with eager's first.
+The eager loop is the zoo's own, as DeepSeek and transformers write it: one expert after another, each on the
+tokens that chose it. Layers take turns with other layers' weights and other tokens, as in a whole model, so
+that no figure tells of weights that a cache happened to hold. Every answer is compared with eager's first.
+
+`--one-thread` measures CPU seconds of one thread: other programs on the machine hardly change those, while
+threads that wait for each other are at the mercy of the scheduler.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,24 +115,36 @@ def layer(width: int, hidden: int, dtype: torch.dtype) -> Subject:
     return Subject(f"layer D={width} F={hidden}", dtype, candidates, hidden_states)
 
 
-def measure(subject: Subject, tokens: int, rounds: int) -> Case:
-    """Every candidate on the same weights and tokens, round by round. Raises RuntimeError on a wrong answer."""
+def measure(subject: Subject, tokens: int, rounds: int, clock: Callable[[], float]) -> Case:
+    """Every candidate once a round, none on the layer and tokens that another has just used.
+
+    Raises RuntimeError on a wrong answer.
+    """
     examples = [subject.example(tokens, seed) for seed in range(TURNS)]
+    check_answers(subject, examples[0])
 
-    def turn(runs: Sequence[Run]) -> Callable[[int], Tensor]:
-        return lambda i: runs[i % len(runs)](examples[i // len(runs) % TURNS])
+    def turn(runs: Sequence[Run], place: int) -> Callable[[int], Tensor]:
+        return lambda i: runs[(i + place) % len(runs)](examples[(i + place) % TURNS])
 
-    calls = {name: turn(runs) for name, runs in subject.candidates.items()}
-    wanted = calls["eager"](0).float()
-    for name, call in calls.items():
-        error = ((call(0).float() - wanted).norm() / wanted.norm()).item()
-        if not error <= TOLERANCE[subject.dtype]:
-            raise RuntimeError(f"{subject.what}, T={tokens}: {name} is off by {error:.1e} from eager")
-    found = interleaved(calls, rounds)
+    calls = {name: turn(runs, place) for place, (name, runs) in enumerate(subject.candidates.items())}
+    found = interleaved(calls, rounds, clock)
     milliseconds = {name: 1e3 * found.median(name) for name in calls}
     times_faster = {name: found.ratio("eager", name) for name in calls if name != "eager"}
     dtype = str(subject.dtype).removeprefix("torch.")
-    return Case(subject.what, dtype, tokens, milliseconds, times_faster, rounds - found.discarded, found.discarded)
+    return Case(
+        subject.what, dtype, tokens, milliseconds, times_faster, rounds - found.discarded, found.discarded
+    )
+
+
+def check_answers(subject: Subject, example: Tensor) -> None:
+    """Raises RuntimeError when a candidate's answer is not eager's."""
+    wanted = subject.candidates["eager"][0](example).float()
+    for name, runs in subject.candidates.items():
+        error = ((runs[0](example).float() - wanted).norm() / wanted.norm()).item()
+        if not error <= TOLERANCE[subject.dtype]:
+            raise RuntimeError(
+                f"{subject.what}: {name} is off by {error:.1e} from eager on {tuple(example.shape)}"
+            )
 
 
 def subjects() -> Iterator[Subject]:
@@ -157,28 +173,43 @@ def _against_loops(case: Case) -> dict[str, float]:
 
 def print_cases(console: Console, cases: Sequence[Case]) -> None:
     """One row a case: medians, and in brackets how many times faster than eager."""
-    table = Table(title=f"median ms (times faster than eager), {torch.get_num_threads()} threads", title_justify="left")
+    table = Table(
+        title=f"median ms (times faster than eager), {torch.get_num_threads()} threads", title_justify="left"
+    )
     for column in ("subject", "dtype"):
         table.add_column(column)
     for column in ("T", *cases[0].milliseconds, "rounds"):
         table.add_column(column, justify="right")
     for c in cases:
-        cells = [f"{ms:.2f}" + (f" ({c.times_faster[n]:.2f})" if n in c.times_faster else "") for n, ms in c.milliseconds.items()]
-        table.add_row(c.what, c.dtype, str(c.tokens), *cells, str(c.rounds), end_section=c.tokens == max(ROUNDS))
+        cells = [_cell(ms, c.times_faster.get(name)) for name, ms in c.milliseconds.items()]
+        last = c.tokens == max(ROUNDS)
+        table.add_row(c.what, c.dtype, str(c.tokens), *cells, str(c.rounds), end_section=last)
     console.print(table)
+
+
+def _cell(milliseconds: float, times_faster: float | None) -> str:
+    return f"{milliseconds:.2f}" + ("" if times_faster is None else f" ({times_faster:.2f})")
 
 
 @click.command(help="Compiled against eager and transformers on a CPU.")
 @click.option("--quick", is_flag=True, help="A quarter of the rounds.")
+@click.option("--one-thread", is_flag=True, help="CPU seconds of one thread instead of wall seconds.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the figures to this file.")
-def main(quick: bool, path: Path | None) -> None:
+def main(quick: bool, one_thread: bool, path: Path | None) -> None:
     console, cases = wide_console(), list[Case]()
+    clock = time.process_time if one_thread else time.perf_counter
+    if one_thread:
+        torch.set_num_threads(1)
     for subject in subjects():
         for tokens, rounds in ROUNDS.items():
             with console.status(f"{subject.what}, {subject.dtype}, T={tokens}"), torch.inference_mode():
-                cases.append(measure(subject, tokens, rounds // 4 if quick else rounds))
+                cases.append(measure(subject, tokens, rounds // 4 if quick else rounds, clock))
     print_cases(console, cases)
-    results = {"threads": torch.get_num_threads(), "cases": [asdict(c) for c in cases]}
+    results = {
+        "threads": torch.get_num_threads(),
+        "clock": "CPU" if one_thread else "wall",
+        "cases": [asdict(c) for c in cases],
+    }
     raise SystemExit(finish(console, "cpu_layers", results, targets(cases), path))
 
 

@@ -1,8 +1,8 @@
-"""What every benchmark here measures with: interleaved rounds, targets, fresh processes, facts about the machine.
+"""What every benchmark here measures with: interleaved rounds, targets, fresh processes, the machine's facts.
 
-Other work on a machine slows calls by factors, now one, now another. So candidates take turns within one run, each
-ratio is taken within a round, where both sides had the same disturbance or none, and rounds in which the scheduler
-took the processor away are left out while quieter ones exist.
+Other work on a machine slows calls by factors, now one, now another. So candidates take turns within one run,
+each ratio is taken within a round, where both sides had the same disturbance or none, and rounds in which the
+scheduler took the processor away are left out while quieter ones exist.
 """
 
 from __future__ import annotations
@@ -45,11 +45,15 @@ class Rounds:
         return statistics.median(a / b for a, b in pairs)
 
 
-def interleaved(candidates: Mapping[str, Callable[[int], object]], rounds: int) -> Rounds:
-    """Call every candidate once a round, with the round's number; wall time.
+def interleaved(
+    candidates: Mapping[str, Callable[[int], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Rounds:
+    """Call every candidate once a round, with the round's number; wall time unless `clock` tells another.
 
-    The order turns from round to round. One warm-up round comes first. Of the measured rounds the half with the
-    fewest preemptions is kept: on a quiet machine any half is as good as another.
+    The order turns from round to round. One warm-up round comes first. Of the measured rounds the half with
+    the fewest preemptions is kept: on a quiet machine any half is as good as another.
     """
     for call in candidates.values():
         call(0)
@@ -57,16 +61,16 @@ def interleaved(candidates: Mapping[str, Callable[[int], object]], rounds: int) 
     for i in range(rounds):
         names = list(candidates)[:: 1 if i % 2 else -1]
         before = _preemptions()
-        times = {name: _seconds(candidates[name], i) for name in names}
+        times = {name: _seconds(candidates[name], i, clock) for name in names}
         taken.append((_preemptions() - before, times))
     kept = sorted(taken, key=lambda r: r[0])[: (rounds + 1) // 2]
     return Rounds({n: tuple(times[n] for _, times in kept) for n in candidates}, rounds - len(kept))
 
 
-def _seconds(call: Callable[[int], object], round_number: int) -> float:
-    start = time.perf_counter()
+def _seconds(call: Callable[[int], object], round_number: int, clock: Callable[[], float]) -> float:
+    start = clock()
     call(round_number)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _preemptions() -> int:
@@ -143,13 +147,17 @@ def wide_console() -> Console:
 
 
 def finish(
-    console: Console, benchmark: str, results: Mapping[str, object], targets: Sequence[Target], path: Path | None
+    console: Console,
+    benchmark: str,
+    results: Mapping[str, object],
+    targets: Sequence[Target],
+    path: Path | None,
 ) -> int:
-    """Print the targets, write everything to `path` if given, and return the exit status: 1 when one is missed."""
+    """Print the targets and write everything to `path`, if given; the exit status: 1 if one is missed."""
     table = Table("target", "limit", "measured", "", title="targets", title_justify="left")
     for target in targets:
         sign, verdict = "≥" if target.at_least else "≤", "[green]met[/]" if target.met else "[red]missed[/]"
-        table.add_row(target.what, f"{sign} {target.limit:g}", f"{target.value:.3g}", verdict)
+        table.add_row(target.what, f"{sign} {target.limit:g}", f"{target.value:.4g}", verdict)
     console.print(table)
     if path is not None:
         record = {

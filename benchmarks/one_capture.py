@@ -3,8 +3,8 @@
     python -m benchmarks.one_capture export deepseek-moe-16b
     python -m benchmarks.one_capture inspect deepseek-moe-16b
 
-`export` is torch.export.export alone, `inspect` is dsmoe_compiler.inspect; both trace the same model on the meta
-device, with the same inputs, batch and length dynamic.
+`export` is torch.export.export alone, `inspect` is dsmoe_compiler.inspect; both trace the same model on the
+meta device, with the same inputs, batch and length dynamic.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Cost:
-    """CPU seconds of the imports and of the call itself, peak resident memory, and the MoE layers seen and fused."""
+    """CPU seconds of the imports and of the call, peak resident memory, and the MoE layers seen and fused."""
 
     import_seconds: float
     call_seconds: float

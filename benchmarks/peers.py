@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class TransformersExperts(nn.Module):
     """Transformers' Qwen3-MoE experts on the tensors of a zoo layer's.
 
-    `implementation` is "eager", a loop over the experts that were hit, or "grouped_mm", on rows sorted by expert.
+    `implementation` is "eager", a loop over the experts that were hit, or "grouped_mm", rows by expert.
     """
 
     def __init__(self, experts: RoutedExperts, implementation: str) -> None:
@@ -32,7 +32,7 @@ class TransformersExperts(nn.Module):
         config = Qwen3MoeConfig(num_experts=count, hidden_size=width, moe_intermediate_size=hidden)
         config._experts_implementation = implementation
         with torch.device("meta"):
-            self.inner = Qwen3MoeExperts(config)
+            self.inner: nn.Module = Qwen3MoeExperts(config)  # type: ignore[no-untyped-call]
         self.inner.gate_up_proj, self.inner.down_proj = experts.gate_up_proj, experts.down_proj
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -42,7 +42,10 @@ class TransformersExperts(nn.Module):
 
 
 def with_transformers_experts(model: nn.Module, twin: Model, implementation: str) -> Model:
-    """`twin`, the same model without values (on the meta device), given `model`'s tensors and transformers' experts."""
+    """`twin`, given `model`'s tensors and transformers' experts.
+
+    It is the same model without values, built on the meta device, and is changed in place.
+    """
     twin.load_state_dict(model.state_dict(), assign=True)
     for module in [*twin.modules()]:
         if isinstance(module, MoE):

@@ -41,12 +41,13 @@ def compile(
     require_fused: bool = False,
     progress: Progress | None = None,
 ) -> Program:
-    """Capture model(*args, **kwargs), fuse every Mixture-of-Experts layer that is understood, and lower the result.
+    """Capture model(*args, **kwargs), fuse every Mixture-of-Experts layer that is understood, and lower the
+    result.
 
     Args:
         model: a module, any function over tensors, or an ExportedProgram. It is left as it was.
         args, kwargs: an example call. Inputs that are no tensors become constants of the program.
-        dynamic_shapes: "auto" (every size that can vary does, sizes 0 and 1 included) or torch.export's own form.
+        dynamic_shapes: "auto" (every size that can vary does, 0 and 1 included) or torch.export's own form.
         backend: what runs the fused layers; "auto" is the CPU path for a model on the CPU.
         capture: "as_written" never switches a transformers model's experts implementation while tracing.
         pipeline: passes to run instead of the default ones.
@@ -127,7 +128,9 @@ class _Request:
         return any(isinstance(t, Tensor) and t.is_meta for t in state.values())
 
     def runnable(self) -> tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]] | None:
-        """What a program is compared with, and the example to begin with; None for an exported program without one."""
+        """What a program is compared with, and the example to begin with; None for an exported program
+        without one.
+        """
         if not isinstance(self.model, ExportedProgram):
             return self.model, (self.args, self.kwargs)
         example = (self.args, self.kwargs) if self.args or self.kwargs else self.model.example_inputs
@@ -185,8 +188,9 @@ def _compiled(
             return _compiled(request, backend, steps, verify, progress, exact=True)
         if replayed.wrong:
             raise CaptureError(
-                f"cannot capture {report.model}: the graph gives other numbers than the model on {replayed.wrong}; "
-                "its code depends on values, sizes or earlier calls in a way that tracing does not see"
+                f"cannot capture {report.model}: the graph gives other numbers than the model on "
+                f"{replayed.wrong}; its code depends on values, sizes or earlier calls in a way "
+                "that tracing does not see"
             )
         program = plain
     nodes = len(program.module.graph.nodes)
@@ -234,7 +238,9 @@ def _require_fused(report: Report) -> None:
 
 
 def _is_random(exported: ExportedProgram) -> bool:
-    """Whether two runs differ by design (dropout in training mode, jitter), so that comparing them says nothing."""
+    """Whether two runs differ by design (dropout in training mode, jitter), so that comparing them says
+    nothing.
+    """
     seeded = torch.Tag.nondeterministic_seeded
     return any(seeded in getattr(n.target, "tags", ()) and _draws(n) for n in exported.graph.nodes)
 

@@ -1,8 +1,9 @@
 """A callable becomes a graph: `torch.export`, with every size that can vary left to vary.
 
-An example may have a batch or a length of 1 (or 0). Tracing at size 1 would take the branches that models keep for
-size 1, so such dimensions are traced at another size; the values of an example never matter to the trace. What was
-assumed is checked afterwards by running graph and model on the real example and on a second shape.
+An example may have a batch or a length of 1 (or 0). Tracing at size 1 would take the branches that models
+keep for size 1, so such dimensions are traced at another size; the values of an example never matter to the
+trace. What was assumed is checked afterwards by running graph and model on the real example and on a second
+shape.
 
 The user's object is used as it is and left as it was: attributes set while tracing are taken back, a switched
 experts implementation is switched back, whatever way the capture ends.
@@ -18,12 +19,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.export.graph_signature import ExportGraphSignature
+from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputSpec
+from torch.fx import Node
 from torch.fx.experimental import _config as shapes_config
 from torch.utils import _pytree as pytree
 
@@ -36,11 +38,21 @@ from dsmoe_compiler.quiet import silenced
 from dsmoe_compiler.resize import resized
 
 CaptureMode = Literal["auto", "as_written"]
+_Spec = TypeVar("_Spec", InputSpec, OutputSpec)
 Example = tuple[tuple[Any, ...], dict[str, Any]]
-# Traced in place of sizes 0 and 1, by dimension: unequal to each other and to the widths models have.
-_STAND_IN_SIZES = (3, 7, 5, 11)
-
-
+_BATCH, _LENGTH = (
+    3,
+    7,
+)  # traced in place of sizes 0 and 1: unequal to each other and to the widths models have
+# By rank, the dimensions whose sizes of 0 and 1 are replaced, and whether other sizes of 1 stay: (batch,
+# length, …) first; then masks (batch, heads, length, length) broadcast over heads; then less and less.
+_STAND_INS: tuple[tuple[Callable[[int], Mapping[int, int]], bool], ...] = (
+    (lambda rank: {0: _BATCH, 1: _LENGTH}, False),
+    (lambda rank: {0: _BATCH, 1: _LENGTH} if rank < 4 else {0: _BATCH, 2: _LENGTH, 3: _LENGTH}, True),
+    (lambda rank: {0: _BATCH}, True),
+    (lambda rank: {}, True),
+    (lambda rank: {}, False),
+)
 # Where torch's tracer tells at length what the raised exception says as well.
 _TALKATIVE = (
     "torch.fx.experimental.symbolic_shapes",
@@ -51,8 +63,8 @@ _TALKATIVE = (
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph of its own (no tensor copied) that returns a flat tuple, how to call it, what its outputs become, and
-    how it was obtained."""
+    """A graph of its own (no tensor copied) that returns a flat tuple, how to call it, what its outputs
+    become, and how it was obtained."""
 
     exported: ExportedProgram
     call: CallSignature
@@ -72,9 +84,10 @@ def capture(
     """Export `model` called as model(*args, **kwargs).
 
     `mode="auto"` may let a transformers model run its exportable experts implementation while it is traced;
-    "as_written" traces what would run. Without `exact`, sizes 0 and 1 are taken to behave as others do, until a replay
-    says otherwise; dynamic shapes of the user's own are always held to. Raises CaptureError naming the line that cannot be captured, InputError when
-    `model` is nothing that can be called or the arguments do not fit it.
+    "as_written" traces what would run. Without `exact`, sizes 0 and 1 are taken to behave as others do, until
+    a replay says otherwise; dynamic shapes of the user's own are always held to. Raises CaptureError naming
+    the line that cannot be captured, InputError when `model` is nothing that can be called or the arguments
+    do not fit it.
     """
     if isinstance(model, ExportedProgram):
         captured = _own(model)
@@ -102,7 +115,9 @@ def capture(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One way to export: the example to trace with, its dynamic shapes, and the experts implementation to switch to."""
+    """One way to export: the example to trace with, its dynamic shapes, and the experts implementation to
+    switch to.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -118,22 +133,28 @@ class _Attempt:
 def _attempts(
     module: nn.Module, example: Example, dynamic_shapes: Any, mode: CaptureMode
 ) -> Iterator[_Attempt]:
-    """Ways to export, best first: the exportable experts implementation, then as written; sizes of 1 replaced first."""
+    """Ways to export, best first: the exportable experts implementation, then as written; sizes of 1
+    replaced first.
+    """
     switchable = mode == "auto" and any(hasattr(c, "_experts_implementation") for c in _configs(module))
     for experts in ("grouped_mm", None) if switchable else (None,):
         if dynamic_shapes != "auto":
             yield _Attempt(*example, dynamic_shapes, experts)
             continue
-        for grown in _grown(example):
-            yield _Attempt(*grown, _every_size(grown), experts)
+        for grown, shapes in _grown(example):
+            yield _Attempt(*grown, shapes, experts)
 
 
 class _Stopped(Exception):
-    """Carries what a forward raised past torch.export, which prints the graph of a data-dependent error it sees."""
+    """Carries what a forward raised past torch.export, which prints the graph of a data-dependent error
+    it sees.
+    """
 
 
 def _traced(module: nn.Module, attempt: _Attempt) -> tuple[ExportedProgram, Structure]:
-    """The graph and the structure of its outputs; the module, its configurations and torch's settings put back."""
+    """The graph and the structure of its outputs; the module, its configurations and torch's settings put
+    back.
+    """
     structures: list[Structure] = []
 
     def take_apart(_module: nn.Module, _args: Any, output: Any) -> tuple[Any, ...]:
@@ -145,7 +166,7 @@ def _traced(module: nn.Module, attempt: _Attempt) -> tuple[ExportedProgram, Stru
     sizes = shapes_config.patch(backed_size_oblivious=True, use_duck_shape=False)  # type: ignore[attr-defined]
     with preserved(module), torch.no_grad(), sizes, silenced(*_TALKATIVE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attribute")  # set in forward: it is taken back
-        _prepare_configs(module, attempt.experts)
+        prepare_configs(module, attempt.experts)
         module.forward = _stopping(module.forward, attempt.kwargs)
         module.register_forward_hook(take_apart)
         try:
@@ -159,7 +180,9 @@ def _traced(module: nn.Module, attempt: _Attempt) -> tuple[ExportedProgram, Stru
 
 
 def _stopping(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """The same forward, its exceptions carried by `_Stopped`, its **kwargs spelled out: torch.export cannot name them."""
+    """The same forward, its exceptions carried by `_Stopped`, its **kwargs spelled out: torch.export
+    cannot name them.
+    """
 
     @functools.wraps(forward)
     def stopping(*args: Any, **kwargs: Any) -> Any:
@@ -176,32 +199,40 @@ def _stopping(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callabl
     return stopping
 
 
-def _every_size(example: Any) -> ShapesCollection:
-    """Dim.AUTO for every dimension of every tensor."""
+def _every_size(example: Example, keep_ones: bool) -> ShapesCollection:
+    """Dim.AUTO for every dimension of every tensor; with `keep_ones`, a size of 1 is one that is
+    broadcast.
+    """
     shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     for leaf in pytree.tree_leaves(example):
         if isinstance(leaf, Tensor):
-            shapes[leaf] = {d: Dim.AUTO for d in range(leaf.dim())}
+            shapes[leaf] = {
+                d: Dim.STATIC if keep_ones and size == 1 else Dim.AUTO for d, size in enumerate(leaf.shape)
+            }
     return shapes
 
 
-def _grown(example: Example) -> Iterator[Example]:
-    """The example with its first two dimensions of size 0 or 1 at other sizes, then only the first, then as it is."""
+def _grown(example: Example) -> Iterator[tuple[Example, ShapesCollection]]:
+    """The example with sizes of 0 and 1 replaced, and its dynamic shapes: what leaves most sizes free
+    first.
+    """
     seen = set[tuple[object, ...]]()
-    for dims in ((0, 1), (0,), ()):
-        grown = pytree.tree_map(functools.partial(_stretched, dims=dims), example)
-        sizes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(grown) if isinstance(leaf, Tensor))
-        if sizes not in seen:
-            seen.add(sizes)
-            yield grown
+    for stand_ins, keep_ones in _STAND_INS:
+        args, kwargs = pytree.tree_map(functools.partial(_stretched, stand_ins=stand_ins), example)
+        sizes = tuple(
+            tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        )
+        if (sizes, keep_ones and 1 in sum(sizes, ())) not in seen:
+            seen.add((sizes, keep_ones and 1 in sum(sizes, ())))
+            yield (args, kwargs), _every_size((args, kwargs), keep_ones)
 
 
-def _stretched(leaf: Any, dims: tuple[int, ...]) -> Any:
+def _stretched(leaf: Any, stand_ins: Callable[[int], Mapping[int, int]]) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    for dim in dims:
+    for dim, size in stand_ins(leaf.dim()).items():
         if dim < leaf.dim() and leaf.shape[dim] <= 1:
-            leaf = resized(leaf, dim, _STAND_IN_SIZES[dim])
+            leaf = resized(leaf, dim, size)
     return leaf
 
 
@@ -235,8 +266,8 @@ def _configs(module: nn.Module) -> list[Any]:
     )
 
 
-def _prepare_configs(module: nn.Module, experts: str | None) -> None:
-    """Have a transformers model return no cache, and run the experts implementation asked for."""
+def prepare_configs(module: nn.Module, experts: str | None = None) -> None:
+    """Have a transformers model return no cache, and run the experts implementation asked for, if one is."""
     for config in _configs(module):
         if getattr(config, "use_cache", False):
             config.use_cache = False
@@ -254,12 +285,14 @@ def _own(program: ExportedProgram) -> Captured:
     if len(values) != len(markers):
         raise InputError("the exported program returns a cache: export the model with use_cache=False")
     flat = replace(whole, out_spec=pytree.tree_structure(tuple(markers)))
-    graph_module = _copied(program.graph_module)
+    graph_module, names = _copied(program.graph_module)
+    signature = program.graph_signature
     owned = ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,
         graph_signature=ExportGraphSignature(
-            list(program.graph_signature.input_specs), list(program.graph_signature.output_specs)
+            [_renamed(spec, names) for spec in signature.input_specs],
+            [_renamed(spec, names) for spec in signature.output_specs],
         ),
         state_dict=dict(program.state_dict),
         range_constraints=program.range_constraints,
@@ -272,15 +305,23 @@ def _own(program: ExportedProgram) -> Captured:
     return Captured(owned, CallSignature.of_exported(owned), structure, "exported program")
 
 
-def _copied(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    graph = torch.fx.Graph()
-    results = graph.graph_copy(graph_module.graph, {}, return_output_node=True)
+def _copied(graph_module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, dict[str, str]]:
+    """A graph module with nodes of its own, and what each node is called in it."""
+    graph, nodes = torch.fx.Graph(), dict[Node, Node]()
+    results = graph.graph_copy(graph_module.graph, nodes, return_output_node=True)
     assert isinstance(results, tuple)
     values, output = results
     graph.output(values).meta.update(output.meta)
     copied = torch.fx.GraphModule(graph_module, graph)
     copied.meta = dict(graph_module.meta)
-    return copied
+    return copied, {old.name: new.name for old, new in nodes.items()}
+
+
+def _renamed(spec: _Spec, names: Mapping[str, str]) -> _Spec:
+    name = getattr(spec.arg, "name", None)
+    if name is None or name not in names:
+        return spec
+    return replace(spec, arg=replace(spec.arg, name=names[name]))
 
 
 def _explain(

@@ -63,7 +63,9 @@ class FunctionModule(nn.Module):
 
 
 class _Standing(TorchFunctionMode):
-    """While open, the module's own attribute stands for the tensor the function closed over: tracing swaps the former."""
+    """While open, the module's own attribute stands for the tensor the function closed over: tracing
+    swaps the former.
+    """
 
     def __init__(self, standing: Mapping[int, Tensor]) -> None:
         super().__init__()

@@ -1,23 +1,23 @@
 """What tracing assumed of the sizes beyond their ranges: conditions that a call must meet.
 
-torch.export writes them down as Python: `L['x'].size()[0] > L['y'].size()[0]`. They travel in saved files, so only
-arithmetic and comparisons of sizes are ever evaluated.
+torch.export writes them down as Python: `L['x'].size()[0] > L['y'].size()[0]`. They travel in saved files,
+so only arithmetic and comparisons of sizes are ever evaluated.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import CodeType
 
 # A flat input as the guard names it, and one of its dimensions.
 Dimension = tuple[str, int]
 
 _ATOM = re.compile(r"(L(?:\[(?:'[^']*'|\d+)\])+)\.size\(\)\[(\d+)\]")
-_NOT_SMALL = re.compile(r"!= [01]$|> 1$|>= 2$")
 _FUNCTIONS = {"max": max, "min": min, "math": math}
 _ALLOWED = (
     ast.Expression,
@@ -39,7 +39,7 @@ _ALLOWED = (
 class Condition:
     """`text` in the user's words, `sizes` the dimensions it is about, `code` the same over s0, s1, …
 
-    `doubtful`: it only says that something is neither 0 nor 1. torch assumes that of sizes whether the model cares or
+    `doubtful`: it fails at sizes 0 and 1 only. torch assumes `!= 1` of sizes whether the model cares or
     not, to settle questions of memory layout and broadcasting.
     """
 
@@ -58,7 +58,9 @@ class Condition:
 
 
 def conditions(guards: Iterable[str], names: Mapping[str, str]) -> tuple[Condition, ...]:
-    """The guards that speak of sizes of the inputs in `names` (from the guard's name of an input to the user's)."""
+    """The guards that speak of sizes of the inputs in `names` (from the guard's name of an input to the
+    user's).
+    """
     found = (_condition(guard, names) for guard in guards)
     return tuple(condition for condition in found if condition is not None)
 
@@ -73,7 +75,23 @@ def _condition(guard: str, names: Mapping[str, str]) -> Condition | None:
         return None
     text = _ATOM.sub(lambda atom: f"{names[atom[1]]}.shape[{atom[2]}]", guard)
     text = ast.unparse(ast.parse(text.strip(), mode="eval"))
-    return Condition(text, _NOT_SMALL.search(text) is not None, sizes, compile(tree, "<guard>", "eval"))
+    condition = Condition(text, False, sizes, compile(tree, "<guard>", "eval"))
+    return replace(condition, doubtful=all(condition.holds(large) for large in _larger(sizes, tree)))
+
+
+def _larger(sizes: tuple[Dimension, ...], tree: ast.AST) -> Iterator[dict[Dimension, int]]:
+    """Sizes of 2 and more at which a condition may fail: small ones, and those that its own numbers point
+    to.
+    """
+    numbers = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and type(n.value) is int]
+    quotients = [a // b for a in numbers for b in numbers if b > 0]
+    tried = sorted({n for n in (*range(2, 10), *numbers, *quotients) if n > 1})
+    together = (
+        itertools.product(tried, repeat=len(sizes))
+        if len(sizes) < 3
+        else zip(*[tried] * len(sizes), strict=True)
+    )
+    return (dict(zip(sizes, chosen, strict=True)) for chosen in together)
 
 
 def _is_function(node: ast.AST) -> bool:

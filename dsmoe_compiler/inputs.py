@@ -1,4 +1,6 @@
-"""How a captured program is called: arguments bound as the model binds them, shapes held to what was captured."""
+"""How a captured program is called: arguments bound as the model binds them, shapes held to what was
+captured.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ from dsmoe_compiler.ir.errors import InputError, ShapeError
 class CallSignature:
     """The model's parameters by name, and which of them the captured call passed by position and by keyword.
 
-    `defaults` holds those of the model's defaults that survive JSON: passing a default explicitly changes nothing.
-    `exact` says whether "neither 0 nor 1", which tracing assumes of sizes lightly, is held to.
+    `defaults` holds those of the model's defaults that survive JSON: passing a default explicitly changes
+    nothing. `exact` says whether "neither 0 nor 1", which tracing assumes of sizes lightly, is held to.
     """
 
     names: tuple[str, ...]
@@ -38,7 +40,9 @@ class CallSignature:
     def of_call(
         function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> CallSignature:
-        """Of `function` called as function(*args, **kwargs). Raises InputError when it cannot be called so."""
+        """Of `function` called as function(*args, **kwargs). Raises InputError when it cannot be called
+        so.
+        """
         signature = inspect.signature(function)
         parameters = signature.parameters
         try:
@@ -54,7 +58,9 @@ class CallSignature:
 
     @staticmethod
     def of_exported(program: ExportedProgram) -> CallSignature:
-        """Of an exported program: it knows the parameters it was called with, not those that were left out."""
+        """Of an exported program: it knows the parameters it was called with, not those that were left
+        out.
+        """
         spec = program.call_spec.in_spec
         assert spec is not None
         args, kwargs = spec.children()
@@ -64,8 +70,8 @@ class CallSignature:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """One flat input: its name for messages and in guards, and the captured tensor's sizes, dtype and device, or the
-    constant."""
+    """One flat input: its name for messages and in guards, and the captured tensor's sizes, dtype and
+    device, or the constant."""
 
     name: str
     guarded: str
@@ -83,19 +89,24 @@ class Inputs:
     call: CallSignature
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments in the captured structure. Raises InputError on a missing or surplus one, ShapeError on a
-        tensor whose rank, size or dtype was not captured."""
+        """The arguments in the captured structure. Raises InputError on a missing or surplus one,
+        ShapeError on a tensor whose rank, size or dtype was not captured."""
+        return pytree.tree_unflatten(self.flat(args, kwargs), self._spec)  # type: ignore[no-any-return]
+
+    def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The arguments as the graph takes them, in its order. Raises as `bind` does."""
         bound = _in_order_of(self._spec, self._arrange(args, kwargs))
         leaves, spec = pytree.tree_flatten(bound)
         if spec != self._spec:
             raise InputError(
                 f"the arguments have another structure than the captured call: {_shown(spec, self._spec)}"
             )
-        checked = self._check(leaves)
-        return pytree.tree_unflatten(checked, spec)  # type: ignore[no-any-return]
+        return self._check(leaves)
 
     def ranges(self) -> dict[str, tuple[int, int | None]]:
-        """Of each symbolic size, by its first place ("input_ids[0]"), the smallest and largest valid value."""
+        """Of each symbolic size, by its first place ("input_ids[0]"), the smallest and largest valid
+        value.
+        """
         found: dict[str, tuple[int, int | None]] = {}
         for leaf in self._leaves:
             for dim, size in enumerate(leaf.sizes or ()):
@@ -138,8 +149,8 @@ class Inputs:
             if len(args) != call.positional or set(kwargs) != set(call.keywords):
                 by_name = f", and {', '.join(call.keywords)} by name" if call.keywords else ""
                 raise InputError(
-                    f"{len(args)} arguments by position and {len(kwargs)} by name do not fit: the program takes "
-                    f"{call.positional} by position{by_name}"
+                    f"{len(args)} arguments by position and {len(kwargs)} by name do not fit: the program "
+                    f"takes {call.positional} by position{by_name}"
                 )
             return tuple(args), {k: kwargs[k] for k in call.keywords}
         given = dict(zip(call.names, args, strict=False))
@@ -148,9 +159,9 @@ class Inputs:
         given |= kwargs
         captured = [self._take(given, name, i) for i, name in enumerate((*names, *call.keywords))]
         for name, value in given.items():
-            if value is not None and not (name in call.defaults and _equal(call.defaults[name], value)):
+            if name not in call.defaults or not _equal(call.defaults[name], value):
                 raise InputError(
-                    f"argument {name!r} was not part of the captured call; compile with an example of it to use it"
+                    f"argument {name!r} was not part of the captured call; compile with an example of it"
                 )
         return tuple(captured[: len(names)]), dict(zip(call.keywords, captured[len(names) :], strict=True))
 

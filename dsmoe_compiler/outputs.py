@@ -1,8 +1,8 @@
 """What a model returns, taken apart before tracing and put together at every call.
 
-The graph returns a flat tuple of tensors and sizes; the containers around them are kept here, in a form that survives
-JSON, so that a saved program needs neither the model's source nor the library its output classes come from: where a
-class cannot be found any more, a `Fields` with the same names stands for it.
+The graph returns a flat tuple of tensors and sizes; the containers around them are kept here, in a form
+that survives JSON, so that a saved program needs neither the model's source nor the library its output
+classes come from: where a class cannot be found any more, a `Fields` with the same names stands for it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Kind = Literal["value", "constant", "sequence", "mapping", "fields"]
 class Structure:
     """One node of an output: a value of the graph, a constant, or a container of further ones.
 
-    `type` names the container's class ("tuple", "transformers.modeling_outputs:CausalLMOutput"), `keys` its keys or
-    fields, `constant` the constant.
+    `type` names the container's class ("tuple", "transformers.modeling_outputs:CausalLMOutput"), `keys` its
+    keys or fields, `constant` the constant.
     """
 
     kind: Kind
@@ -41,7 +41,9 @@ class Structure:
 
     @staticmethod
     def of(output: object) -> tuple[Structure, list[Any]]:
-        """The structure of an output, and its values in order. Raises CaptureError on a container of unknown kind."""
+        """The structure of an output, and its values in order. Raises CaptureError on a container of
+        unknown kind.
+        """
         values: list[Any] = []
         return _take_apart(output, values), values
 
@@ -98,8 +100,8 @@ def _take_apart(output: Any, values: list[Any]) -> Structure:
     if isinstance(output, dict) and all(type(key) in (str, int) for key in output):
         return Structure("mapping", _name(kind), tuple(output), _each(output.values(), values))
     raise CaptureError(
-        f"the model returns a {kind.__name__}: return tensors and numbers, or tuples, lists, dicts, named tuples and "
-        "dataclasses of them"
+        f"the model returns a {kind.__name__}: return tensors and numbers, or tuples, lists, dicts, named "
+        "tuples and dataclasses of them"
     )
 
 

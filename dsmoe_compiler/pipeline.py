@@ -55,7 +55,9 @@ def _run_one(graph: ProgramGraph, step: Pass, log: PassLog, check: bool) -> Pass
     log.replacements.clear()
     try:
         changed = step.run(graph, log)
-        verdicts = [_checked(graph, step, log, change, known) for change in log.replacements] if check else []
+        verdicts = (
+            [_checked(graph, step, log, i, known) for i in range(len(log.replacements))] if check else []
+        )
         erase_dead(graph.graph)
         graph.graph.lint()
         graph.exported.graph_module.recompile()
@@ -69,12 +71,18 @@ def _run_one(graph: ProgramGraph, step: Pass, log: PassLog, check: bool) -> Pass
 
 
 def _checked(
-    graph: ProgramGraph, step: Pass, log: PassLog, change: Replacement, known: dict[str, LayerFacts]
+    graph: ProgramGraph, step: Pass, log: PassLog, which: int, known: dict[str, LayerFacts]
 ) -> Verdict:
-    """Check one replacement; one that fails is taken back and its layer says so."""
+    """Check one replacement; one that fails is taken back, also as a later one's input, and its layer says
+    so.
+    """
+    change = log.replacements[which]
     verdict = validate(graph, change)
     if not verdict.passed:
         change.new.replace_all_uses_with(change.old)
+        for i, later in enumerate(log.replacements[which + 1 :], which + 1):
+            inputs = tuple(change.old if n is change.new else n for n in later.inputs)
+            log.replacements[i] = replace(later, inputs=inputs)
         refusal = _refusal(step, change, verdict)
         facts, earlier = log.layers[change.layer], known.get(change.layer)
         if earlier is not None and earlier.spec is not None:

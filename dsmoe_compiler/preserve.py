@@ -1,4 +1,6 @@
-"""The user's objects put back as they were: tracing leaves fake tensors in caches, an exception leaves anything."""
+"""The user's objects put back as they were: tracing leaves fake tensors in caches, an exception leaves
+anything.
+"""
 
 from __future__ import annotations
 

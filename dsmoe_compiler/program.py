@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,6 +24,7 @@ from dsmoe_compiler.outputs import Structure
 from dsmoe_compiler.quiet import silenced
 from dsmoe_compiler.report.report import Report
 from dsmoe_compiler.runtime.lower import Backend, choose, lower
+from dsmoe_compiler.runtime.straight_line import straight_line
 
 _FORMAT = 1
 _RECORD = "dsmoe.json"
@@ -33,10 +34,11 @@ _OVERHEAD = 1.01  # of the weights' size: past this the graph's text is worth a 
 
 @dataclass(frozen=True)
 class Program:
-    """A model after compilation. It aliases the model's parameters: training or loading one shows in the other.
+    """A model after compilation. It aliases the model's parameters: training or loading one shows in the
+    other.
 
-    `exported` holds the optimised graph with its `dsmoe::` ops, which returns a flat tuple; `outputs` says what that
-    becomes, `report` what was found and done.
+    `exported` holds the optimised graph with its `dsmoe::` ops, which returns a flat tuple; `outputs` says
+    what that becomes, `report` what was found and done.
     """
 
     exported: ExportedProgram
@@ -46,9 +48,10 @@ class Program:
     backend: Backend
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What model(*args, **kwargs) returns. Raises ShapeError or InputError where the inputs do not fit."""
-        bound_args, bound_kwargs = self.inputs.bind(args, kwargs)
-        return self.outputs.build(self.module(*bound_args, **bound_kwargs))
+        """What model(*args, **kwargs) returns. Raises ShapeError or InputError where the inputs do not
+        fit.
+        """
+        return self.outputs.build(self._run(*self.inputs.flat(args, kwargs)))
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -60,14 +63,20 @@ class Program:
         """The runnable form, its layers run by the backend."""
         return lower(self.exported, self.backend)
 
+    @cached_property
+    def _run(self) -> Callable[..., Any]:
+        return straight_line(self.module)
+
     def with_report(self, report: Report) -> Program:
         """The same program telling another story; what was lowered stays lowered."""
         changed = replace(self, report=report)
-        changed.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("module", "inputs")})
+        changed.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("module", "inputs", "_run")})
         return changed
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one file, all or nothing. Raises InputError when the place cannot be written."""
+        """Write everything to one file, all or nothing. Raises InputError when the place cannot be
+        written.
+        """
         record = {
             "format": _FORMAT,
             "call": {**asdict(self.call), "defaults": dict(self.call.defaults)},
@@ -106,24 +115,34 @@ def load(path: str | os.PathLike[str], *, backend: str = "auto") -> Program:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """What was saved beside the graph. Raises LoadError on a file that is damaged, another's or from the future."""
+    """What was saved beside the graph. Raises LoadError on a file that is damaged, another's or from the
+    future.
+    """
     if not zipfile.is_zipfile(path):
-        raise LoadError(f"{path}: not a saved program, or a damaged one; `dsmoe compile MODEL -o {path.name}` saves one")
+        raise LoadError(
+            f"{path}: not a saved program, or a damaged one; `dsmoe compile MODEL -o {path.name}` saves one"
+        )
     with zipfile.ZipFile(path) as archive:
         entry = next((name for name in archive.namelist() if name.endswith(f"/{_RECORD}")), None)
         if entry is None:
-            raise LoadError(f"{path}: a zip file, but not a program saved by this package; compile its model instead")
+            raise LoadError(
+                f"{path}: a zip file, but not a program saved by this package; compile its model instead"
+            )
         if (bad := archive.testzip()) is not None:
             raise LoadError(f"{path}: damaged at {bad}; save it again")
         record: dict[str, Any] = json.loads(archive.read(entry))
     if record["format"] > _FORMAT:
-        raise LoadError(f"{path}: written by a newer version (format {record['format']}); update this package")
+        raise LoadError(
+            f"{path}: written by a newer version (format {record['format']}); update this package"
+        )
     return record
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is complete. Raises InputError when it cannot be written."""
+    """A file that appears under its name only when it is complete. Raises InputError when it cannot be
+    written.
+    """
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a file name")
@@ -143,7 +162,9 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Patient:
-    """A file whose errors wait: torch's archive writer ends the process when a write fails while it is torn down."""
+    """A file whose errors wait: torch's archive writer ends the process when a write fails while it is
+    torn down.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -181,7 +202,9 @@ def _compress_texts(file: BinaryIO) -> None:
 
 @contextmanager
 def _as_stored(exported: ExportedProgram) -> Iterator[None]:
-    """While open, the program holds neither its example (the user's data) nor stack traces (the user's folders)."""
+    """While open, the program holds neither its example (the user's data) nor stack traces (the user's
+    folders).
+    """
     example = exported.example_inputs
     traces = []
     for part in exported.graph_module.modules():
@@ -197,7 +220,9 @@ def _as_stored(exported: ExportedProgram) -> Iterator[None]:
 
 
 def name_outputs(exported: ExportedProgram) -> None:
-    """Have the signature name the values the graph returns now: a pass may have replaced what was returned."""
+    """Have the signature name the values the graph returns now: a pass may have replaced what was
+    returned.
+    """
     (results,) = exported.graph.output_node().args
     assert isinstance(results, tuple)
     specs = exported.graph_signature.output_specs

@@ -1,24 +1,25 @@
 """The program against the model: the same calls, on the example, on another shape, and at size 1.
 
-Each layer was validated alone; this catches what lies between them, and what capture assumed of the user's code.
-Outputs are compared row by row (a row is everything along the last dimension, usually one token), each row's error
-relative to its own length, or to a tenth of the average row's where it is shorter.
+Each layer was validated alone; this catches what lies between them, and what capture assumed of the user's
+code. Outputs are compared row by row (a row is everything along the last dimension, usually one token),
+each row's error relative to its own length, or to a tenth of the average row's where it is shorter.
 
-fp32: what rounding explains. Sums of n products in another order differ by about sqrt(n)·eps; n = 10⁴, four such sums
-a layer, adding up as sqrt over 60 layers: 100 · 1.2e-7 · 2 · 8 = 2e-4. A row further off than 5e-4 is far. An expert of
-eight scaled by 1.05 moves a quarter of the rows by 1e-3 to 2e-2.
+fp32: what rounding explains. Sums of n products in another order differ by about sqrt(n)·eps; n = 10⁴, four
+such sums a layer, adding up as sqrt over 60 layers: 100 · 1.2e-7 · 2 · 8 = 2e-4. A row further off than
+5e-4 is far. An expert of eight scaled by 1.05 moves a quarter of the rows by 1e-3 to 2e-2.
 
-bf16, fp16: every intermediate is rounded, a few eps a layer, so the median row may be off by 4 eps (bf16: 3 %), and a
-row further off than 64 eps is far. Scaling one expert by a few percent lies below that; weights left without
-renormalisation (tens of percent of every row) do not.
+bf16, fp16: every intermediate is rounded, a few eps a layer, so the median row may be off by 4 eps (bf16: 3
+%), and a row further off than 64 eps is far. Scaling one expert by a few percent lies below that; weights
+left without renormalisation (tens of percent of every row) do not.
 
-Two right programs may still disagree on single tokens: where two experts' scores nearly tie, a difference in the last
-digit picks another expert. With scores a tenth of their deviation apart and rounding of 1e-6 that befalls a token
-1e-5 times a layer: a replay of 63 tokens and 60 layers has such a token with p = 0.04. A coincidence does not repeat: a
-call with far rows is made four more times with other values, and the program is wrong when two of these have far rows
-again (a right one: 0.04 · 6 · 0.04² = 4e-4; a wrong one that moves a tenth of the rows slips through as often as all
-its rows are missed, less than 0.2 % of the time with 63 rows). In low precision, where near ties are common, rows that
-are far are no proof at all until they are more than a fifth; then the same rule holds.
+Two right programs may still disagree on single tokens: where two experts' scores nearly tie, a difference
+in the last digit picks another expert. With scores a tenth of their deviation apart and rounding of 1e-6
+that befalls a token 1e-5 times a layer: a replay of 63 tokens and 60 layers has such a token with p = 0.04.
+A coincidence does not repeat: a call with far rows is made four more times with other values, and the
+program is wrong when two of these have far rows again (a right one: 0.04 · 6 · 0.04² = 4e-4; a wrong one
+that moves a tenth of the rows slips through as often as all its rows are missed, less than 0.2 % of the
+time with 63 rows). In low precision, where near ties are common, rows that are far are no proof at all
+until they are more than a fifth; then the same rule holds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dsmoe_compiler.capture import prepare_configs
 from dsmoe_compiler.functions import as_module
 from dsmoe_compiler.inputs import Inputs
 from dsmoe_compiler.ir.errors import InputError, ShapeError
@@ -54,7 +56,9 @@ _REPEATS, _DIRTY_REPEATS = 4, 2
 
 @dataclass(frozen=True)
 class Replayed:
-    """The largest relative error on the example, and the first call that went wrong, in words ("" if none)."""
+    """The largest relative error on the example, and the first call that went wrong, in words ("" if
+    none).
+    """
 
     error: float | None
     wrong: str
@@ -65,6 +69,7 @@ def replay(model: Callable[..., Any], program: Callable[..., Any], inputs: Input
     module = as_module(model)
     error: float | None = None
     with preserved(module), torch.no_grad():
+        prepare_configs(module)
         for name, call in _calls(inputs, example):
             compared = _both(module, program, call, may_fail=name != "the example")
             if name == "the example" and compared is not None:
@@ -140,7 +145,9 @@ def _resized_call(
 
 
 def _other_values(inputs: Inputs, call: Call, seed: int) -> Call:
-    """The call with rows unlike each other: ids drawn up to the largest seen, numbers scaled; masks stay masks."""
+    """The call with rows unlike each other: ids drawn up to the largest seen, numbers scaled; masks stay
+    masks.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def other(leaf: Any) -> Any:
@@ -160,7 +167,9 @@ def _other_values(inputs: Inputs, call: Call, seed: int) -> Call:
 
 @dataclass(frozen=True)
 class _Compared:
-    """The largest relative error, what is wrong in words ("" if nothing), and whether no near tie can explain it."""
+    """The largest relative error, what is wrong in words ("" if nothing), and whether no near tie can
+    explain it.
+    """
 
     error: float
     wrong: str

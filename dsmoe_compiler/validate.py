@@ -56,7 +56,8 @@ class Verdict:
 def validate(graph: ProgramGraph, change: Replacement, seed: int = 0) -> Verdict:
     """Run both values of a replacement on the same inputs and compare."""
     region = _between(change.inputs, (change.old, change.new))
-    kept = any(n.target in STAND_INS for n in _between(change.inputs, (change.old,)))
+    inside = set(_between(change.inputs, (change.old,))) - set(change.inputs)
+    kept = any(n.target in STAND_INS for n in inside)
     params = [
         n for n in region if graph.parameter(n) is not None and not (kept and _only_of_experts(n, region))
     ]
@@ -173,11 +174,11 @@ def _routings(change: Replacement, sizes: Sizes, generator: torch.Generator) -> 
 
 
 def _ids(kind: str, dims: list[int], experts: int, generator: torch.Generator) -> Tensor:
-    """(T, K) ids, distinct within a token."""
-    tokens, slots = dims
+    """(…, K) ids, distinct within a token; a vector holds one a token."""
+    tokens, slots = (math.prod(dims[:-1]), dims[-1]) if len(dims) > 1 else (dims[0], 1)
     available = experts if kind == "random" else max(slots, 1 if kind == "skewed" else experts // 2)
     ranks = torch.rand(tokens, min(available, experts), generator=generator).argsort(-1)
-    return ranks[:, :slots]
+    return ranks[:, :slots].reshape(dims).contiguous()
 
 
 def _experts(new: Node) -> int:

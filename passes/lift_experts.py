@@ -48,9 +48,9 @@ class LiftExperts:
     """Every spelling of the routed experts becomes one op on the same leaves.
 
     before:
-        %perm = argsort(flatten(%ids))
-        %rows = index(%x, [%perm // 2])
-        %h = grouped_mm(%rows, @gate_up, cumsum(histc(%ids)))
+        %sorted, %perm = sort(reshape(%ids, [-1]))
+        %rows = index(%x, [floor_divide(%perm, 2)])
+        %h = _grouped_mm(%rows, @gate_up, cumsum(histc(to(%sorted, float32), 8, 0, 7), 0))
         …
         %y = sum(view(index(%weighted, [%inverse]), [T, 2, D]), [1])
     after:
@@ -261,9 +261,9 @@ def _as_pairs(lift: Lift, node: Node, tokens: Size, slots: int) -> tuple[Node, N
         if at.target not in VIEWS | COPIES | {aten.unsqueeze.default} or not isinstance(below, Node):
             break
         at = below
-    made = lift.graph.graph.call_function(aten.reshape.default, (node, [-1, slots]))
-    made.meta = {**node.meta, "val": value(node).reshape(tokens, slots)}
-    return made, node
+    made = lift.graph.graph.call_function(aten.reshape.default, (at, [-1, slots]))
+    made.meta = {**at.meta, "val": value(at).reshape(tokens, slots)}
+    return made, at
 
 
 def _through_cast(node: Node) -> Node:

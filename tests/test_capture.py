@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import Dim
 
 import dsmoe_compiler as dsmoe
@@ -128,7 +129,7 @@ def test_an_exported_program_is_not_touched() -> None:
 @pytest.mark.parametrize("level", ["core", "training"])
 def test_a_decomposed_program_does_not_crash(level: str) -> None:
     model, ids = tiny(), tokens(2, 7)
-    table = None if level == "core" else {}
+    table: dict[OpOverload, Callable[..., object]] | None = None if level == "core" else {}
     exported = torch.export.export(model, (ids,), strict=False).run_decompositions(table)
     program = dsmoe.compile(exported)
     assert len(program.report.layers) == 2
@@ -188,7 +189,9 @@ def test_torchs_loggers_are_put_back() -> None:
 
 
 def test_an_example_the_model_itself_fails_on_is_wrong_input(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(dsmoe.InputError, match=r"Linear itself fails on the example inputs.*3x5 and 4x4") as caught:
+    with pytest.raises(
+        dsmoe.InputError, match=r"Linear itself fails on the example inputs.*3x5 and 4x4"
+    ) as caught:
         dsmoe.compile(nn.Linear(4, 4), (torch.randn(3, 5),))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
@@ -199,7 +202,7 @@ def test_an_example_the_model_itself_fails_on_is_wrong_input(capfd: pytest.Captu
     [
         (None, "cannot compile a NoneType"),
         (nn.Linear, "cannot compile the class Linear: give an instance"),
-        (torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4)), "cannot compile TorchScript"),
+        (torch.jit.script(nn.Linear(4, 4)), "cannot compile TorchScript"),
     ],
 )
 def test_what_is_no_model(model: object, says: str) -> None:

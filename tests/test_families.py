@@ -1,4 +1,6 @@
-"""Models of transformers as their users have them: a cache by default, one token as the example, masks if they like."""
+"""Models of transformers as their users have them: a cache by default, one token as the example, masks if
+they like.
+"""
 
 import pytest
 import torch

@@ -19,7 +19,9 @@ class _Model(nn.Module):
         super().__init__()
         self.layer = Experts()
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, scale: float = 1.0, *, twice: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, scale: float = 1.0, *, twice: bool = False
+    ) -> Tensor:
         out: Tensor = self.layer(x) * scale
         out = out if bias is None else out + bias
         return out * 2 if twice else out
@@ -65,9 +67,16 @@ MISFITS: dict[str, tuple[Callable[[Callable[..., Any]], Any], str]] = {
     "nothing": (lambda f: f(), "argument 'x' is missing"),
     "one missing": (lambda f: f(x_TD), "argument 'bias' is missing"),
     "given twice": (lambda f: f(x_TD, x_TD, x=x_TD), "argument 'x' is given twice"),
-    "surplus by name": (lambda f: f(x_TD, x_TD, colour=x_TD), "argument 'colour' was not part of the captured call"),
+    "surplus by name": (
+        lambda f: f(x_TD, x_TD, colour=x_TD),
+        "argument 'colour' was not part of the captured call",
+    ),
+    "surplus by name, and nothing": (lambda f: f(x_TD, x_TD, colour=None), "argument 'colour' was not part"),
     "surplus by position": (lambda f: f(x_TD, x_TD, 1.0, x_TD), "4 arguments by position"),
-    "another constant": (lambda f: f(x_TD, x_TD, twice=False), "twice is False; the program was captured for True"),
+    "another constant": (
+        lambda f: f(x_TD, x_TD, twice=False),
+        "twice is False; the program was captured for True",
+    ),
     "another default": (lambda f: f(x_TD, x_TD, 2.0), "argument 'scale' was not part of the captured call"),
     "a number for a tensor": (lambda f: f(x_TD, 3), "bias is a int, the program takes a tensor there"),
     "a list for a tensor": (lambda f: f([x_TD], x_TD), "another structure than the captured call"),
@@ -86,7 +95,10 @@ def test_what_does_not_fit_is_said_in_one_line(by_position: dsmoe.Program, how: 
 SHAPES: dict[str, tuple[tuple[Tensor, Tensor], str]] = {
     "rank": ((x_TD[None], x_TD), "x has 3 dimensions, the program takes 2"),
     "a static size": ((torch.ones(5, 17), x_TD), "x: dimension 1 is 17, the program takes 16 only"),
-    "sizes that must agree": ((x_TD, x_TD[:4]), "bias: dimension 0 is 4, but x: dimension 0 is 5 and they are one size"),
+    "sizes that must agree": (
+        (x_TD, x_TD[:4]),
+        "bias: dimension 0 is 4, but x: dimension 0 is 5 and they are one size",
+    ),
     "dtype": ((x_TD.double(), x_TD), "x is torch.float64, the program takes torch.float32"),
     "ids for numbers": ((x_TD, x_TD.long()), "bias is torch.int64, the program takes torch.float32"),
 }
@@ -104,7 +116,9 @@ def _branch(x: Tensor, y: Tensor) -> Tensor:
     return x.sum() * 2 + y.sum() if x.shape[0] > y.shape[0] else x.sum()
 
 
-CONDITIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], str]] = {
+CONDITIONS: dict[
+    str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], str]
+] = {
     "one size larger than another": (
         _branch,
         ((6, 3), (4, 3)),
@@ -147,7 +161,7 @@ def test_a_branch_on_sizes_is_held_to(what: str) -> None:
 def test_a_branch_on_size_1_taken_by_the_example() -> None:
     program = dsmoe.compile(lambda x: x * 2 if x.shape[0] == 1 else x, (torch.ones(1, 3),))
     assert program(torch.ones(1, 3)).equal(torch.full((1, 3), 2.0))
-    with pytest.raises(dsmoe.ShapeError, match=r"x: dimension 0 is 2, .* x.shape\[0\] == 1 only"):
+    with pytest.raises(dsmoe.ShapeError, match="x: dimension 0 is 2, the program takes 1 only"):
         program(torch.ones(2, 3))
 
 
@@ -165,7 +179,9 @@ def test_nested_inputs() -> None:
     backwards = {key: given[key] for key in reversed(given)}
     assert program(backwards, extra=extra).equal(torch.full((1, 3), 4.0))
     given["a"][1]["z"] = torch.ones(2, 3)
-    with pytest.raises(dsmoe.ShapeError, match=r"data\['a'\]\[1\]\['z'\]: dimension 0 is 2, but data\['a'\]\[0\]"):
+    with pytest.raises(
+        dsmoe.ShapeError, match=r"data\['a'\]\[1\]\['z'\]: dimension 0 is 2, but data\['a'\]\[0\]"
+    ):
         program(given, extra=extra)
     with pytest.raises(dsmoe.InputError, match=r"data\['n'\] is 3; the program was captured for 2"):
         program({**data(1)[0], "n": 3}, extra=extra)
@@ -174,7 +190,9 @@ def test_nested_inputs() -> None:
 def test_any_number_of_arguments() -> None:
     program = dsmoe.compile(lambda *xs: torch.cat(xs, 1).view(-1, 4), (torch.ones(4, 3), torch.ones(4, 5)))
     assert program(torch.ones(1, 2), torch.ones(1, 2)).shape == (1, 4)
-    with pytest.raises(dsmoe.ShapeError, match=r"xs_0.shape\[0\] \* \(xs_0.shape\[1\] \+ xs_1.shape\[1\]\) % 4 == 0"):
+    with pytest.raises(
+        dsmoe.ShapeError, match=r"xs_0.shape\[0\] \* \(xs_0.shape\[1\] \+ xs_1.shape\[1\]\) % 4 == 0"
+    ):
         program(torch.ones(1, 2), torch.ones(1, 3))
     with pytest.raises(dsmoe.InputError, match="1 arguments by position and 0 by name do not fit"):
         program(torch.ones(1, 2))

@@ -27,6 +27,8 @@ class _Untidy(nn.Module):
     def __init__(self, end: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.layer, self.end = Experts(), end
+        self.calls: Tensor
+        self.mask: Tensor | None
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("mask", None)
         self.seen: list[Tensor] = []
@@ -48,6 +50,7 @@ class _Untidy(nn.Module):
         torch.set_default_dtype(torch.float64)
         torch.rand(3)
         self.end()
+        assert self.mask is not None
         return self.layer(x) * self.mask  # type: ignore[no-any-return]
 
 
@@ -149,4 +152,6 @@ def test_a_model_in_training_mode_keeps_its_dropout_and_its_statistics() -> None
     assert model.state_dict()["1.running_mean"].equal(statistics)
     assert program.report.program_error is None, "two runs with dropout cannot be compared"
     assert (program(x_TD) == 0).any()
-    assert not model.state_dict()["1.running_mean"].equal(statistics), "the program updates the model's own buffer"
+    assert not model.state_dict()["1.running_mean"].equal(statistics), (
+        "the program updates the model's own buffer"
+    )

@@ -30,7 +30,9 @@ class _Scaled(nn.Module):
 
 
 def _one_expert(x: Tensor, out: Tensor) -> Tensor:
-    """About what one of eight experts scaled by 1.05 does to the rows it is chosen for with half the weight."""
+    """About what one of eight experts scaled by 1.05 does to the rows it is chosen for with half the
+    weight.
+    """
     chosen = (torch.arange(len(out)) % 4 == 0).to(out.dtype)
     return out * (1 + 0.025 * chosen.unsqueeze(-1))
 
@@ -177,6 +179,7 @@ class _Counting(nn.Module):
     def __init__(self, rebind: bool) -> None:
         super().__init__()
         self.layer, self.rebind = Experts(), rebind
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,10 +236,10 @@ def test_values_made_up_for_a_replay_keep_masks_and_stay_valid() -> None:
         lambda ids, mask, bias: ids * mask + bias, (tokens(4, 6), torch.ones(4, 6).long(), torch.zeros(4, 6))
     )
     bias = torch.full((4, 6), -torch.inf).triu(1)
-    call = ((tokens(4, 6), torch.ones(4, 6).long(), bias), {})
+    call: room.Call = ((tokens(4, 6), torch.ones(4, 6).long(), bias), {})
     (ids, mask, other), _ = room._other_values(program.inputs, call, 1)
     assert mask.equal(call[0][1]) and other.equal(bias)
-    assert not ids.equal(call[0][0]) and 0 <= ids.min() and ids.max() <= call[0][0].max()
+    assert not ids.equal(call[0][0]) and ids.min() >= 0 and ids.max() <= call[0][0].max()
 
 
 def test_a_report_of_a_refused_program_survives() -> None:

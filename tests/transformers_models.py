@@ -50,7 +50,9 @@ _FIELDS: dict[str, Any] = {
 def family(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The family's causal language model in eval mode; it would return a cache if nobody asked otherwise."""
     auto = importlib.import_module("transformers.models.auto.configuration_auto")
-    causal = importlib.import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = importlib.import_module(
+        "transformers.models.auto.modeling_auto"
+    ).MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     config_class = auto.CONFIG_MAPPING[name]
     known = config_class.__dataclass_fields__
     config = config_class(**{k: v for k, v in _FIELDS.items() if k in known} | FAMILIES[name])

@@ -103,7 +103,9 @@ def is_tensor(node: object) -> bool:
 
 
 def shape(node: Node) -> tuple[Size, ...]:
-    """The node's shape; symbolic sizes stay symbolic, those that tracing pinned to a number are that number."""
+    """The node's shape; symbolic sizes stay symbolic, those that tracing pinned to a number are that
+    number.
+    """
     return sizes_of(value(node))
 
 

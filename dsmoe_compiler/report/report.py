@@ -1,6 +1,7 @@
 """The answer to "what happened to my model": one record a layer, one a pass.
 
-A report is plain data: it survives JSON, so a loaded program tells the same story as the compile that made it.
+A report is plain data: it survives JSON, so a loaded program tells the same story as the compile that made
+it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from dsmoe_compiler.ir.spec import MoESpec, parse
 class LayerReport:
     """One Mixture-of-Experts layer, in execution order.
 
-    `name` is the module path, `idiom` the spelling it was found in, `source` the model's own "file.py:123". `fused` is
-    true when the experts became one op; `spec` then says what it is, with `spec.router` None where the router stayed
-    as written (`remarks` says why). Otherwise `refusal` says why not.
+    `name` is the module path, `idiom` the spelling it was found in, `source` the model's own "file.py:123".
+    `fused` is true when the experts became one op; `spec` then says what it is, with `spec.router` None where
+    the router stayed as written (`remarks` says why). Otherwise `refusal` says why not.
     """
 
     name: str
@@ -35,7 +36,8 @@ class LayerReport:
 class PassReport:
     """One pass: seconds it took, nodes before and after, whether it changed anything.
 
-    `max_error` is the largest relative error its replacements showed in validation, None if nothing was validated.
+    `max_error` is the largest relative error its replacements showed in validation, None if nothing was
+    validated.
     """
 
     name: str
@@ -50,9 +52,9 @@ class PassReport:
 class Report:
     """The whole story of one compile or inspection.
 
-    `model` is the class or function name, `capture` how the graph was obtained, `backend` what runs the layers (None
-    for an inspection), `program_error` the largest relative error of the whole program against the model on the
-    example inputs (None if not checked).
+    `model` is the class or function name, `capture` how the graph was obtained, `backend` what runs the
+    layers (None for an inspection), `program_error` the largest relative error of the whole program against
+    the model on the example inputs (None if not checked).
     """
 
     model: str

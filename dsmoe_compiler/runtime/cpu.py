@@ -22,7 +22,6 @@ from dsmoe_compiler.ir import ops, reference
 from dsmoe_compiler.ir.body import Step
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, RouterSpec, parse
 
-
 # (expert, its first row, the row after its last)
 _Segment: TypeAlias = tuple[int, int, int]
 _ROWS = 256  # rows that run through the body together
@@ -86,7 +85,8 @@ def run_experts(
     """out (T, D) = Σ_k body(x[t], weights[t,k], P[ids[t,k]]); slots with id −1 add nothing."""
     tokens, slots = ids_TK.shape
     order_P, all_segments = _by_expert(ids_TK, spec.count)
-    # One pass may weigh and sum, in fp32; with other dtypes it would round differently from the body's product.
+    # One pass may weigh and sum, in fp32; with other dtypes it would round differently from the body's
+    # product.
     exact = all(t.dtype == torch.float32 for t in (x_TD, weights_TK, *params))
     unweighted = spec.unweighted if exact else None
     body, flat_ids, flat_w = unweighted or spec.body, ids_TK.reshape(-1), weights_TK.reshape(-1, 1)
@@ -121,7 +121,9 @@ def _cache_sized(segments: list[_Segment]) -> Iterator[list[_Segment]]:
 
 @dataclass(frozen=True)
 class _Grouped:
-    """A GEMM step of the body: each active expert's matrix with its segment of the rows, read where it lies."""
+    """A GEMM step of the body: each active expert's matrix with its segment of the rows, read where it
+    lies.
+    """
 
     segments: list[_Segment]
 

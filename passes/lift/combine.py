@@ -14,7 +14,7 @@ from dsmoe_compiler.ir.body import Body, Step
 from dsmoe_compiler.ir.graph import dtype, same_size, shape
 from dsmoe_compiler.ir.reference import evaluate
 from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument
-from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Filled, Pairs, TokenOf, Value
+from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Filled, Pairs, Rows, TokenOf, Value
 
 _KEEPS_ZERO = frozenset(
     {"neg", "abs", "sqrt", "erf", "tanh", "relu", "silu", "gelu", "gelu_tanh", "cast", "slice"}
@@ -28,15 +28,13 @@ def sum_rows(lift: Lift, node: Node) -> Value | None:
         return None
     rank = rows.lead + len(rows.trail)
     dims, keep = [d % rank for d in argument(node, "dim") or []], argument(node, "keepdim")
-    if keep:
-        return None
-    if _is_only_slot(rows, dims):
-        return Combined(rows.like(rows.term, rows.trail[1:]))
-    if len(rows.trail) != 1:
-        return None
     term = rows.term
     if (summed := argument(node, "dtype")) is not None:
         term = lift.terms.number("cast", (term,), (str(summed).removeprefix("torch."),))
+    if _is_only_slot(rows, dims) and not keep:
+        return Combined(rows.like(term, rows.trail[1:]))
+    if keep or len(rows.trail) != 1:
+        return None
     if isinstance(rows.domain, Everywhere):
         weighed = rows.lead == 2 and dims == [rows.domain.axis] and lift.terms.leaves(term, "pair")
         return Combined(rows.like(term)) if weighed else None

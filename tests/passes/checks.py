@@ -1,9 +1,9 @@
 """Compile a layer and hold the program against eager.
 
-How far apart two right answers may be, relative to the largest number: with widths of at most 64 and values of
-unit size, a sum of 64 products accumulated in fp32 in two orders differs by about sqrt(64)·2⁻²⁴ = 5e-7, twice in
-a row and summed over K; 1e-5 leaves an order of room. In bfloat16 each side rounds at most 8 intermediates by 2⁻⁹:
-8·2⁻⁸ = 3e-2 when every one falls on the other side.
+How far apart two right answers may be, relative to the largest number: with widths of at most 64 and
+values of unit size, a sum of 64 products accumulated in fp32 in two orders differs by about
+sqrt(64)·2⁻²⁴ = 5e-7, twice in a row and summed over K; 1e-5 leaves an order of room. In bfloat16 each
+side rounds at most 8 intermediates by 2⁻⁹: 8·2⁻⁸ = 3e-2 when every one falls on the other side.
 """
 
 from __future__ import annotations

@@ -10,15 +10,19 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.passes.spellings import (
     Experts,
     Gemm,
     Route,
     Router,
+    SharedExpert,
+    Spec,
     Spelled,
+    gathered,
     grouped_gemm,
+    layer,
     one_hot,
     scattered,
     segments,
@@ -239,6 +243,14 @@ def rows_of_other_tokens(experts: Experts, x: Tensor, ids: Tensor, weights: Tens
     return _combined(experts.body.run(rows, _gathered_gemm(experts, ids.reshape(-1))), weights)
 
 
+def more_rows_than_tokens(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The pairs' tokens are the first rows of a longer input."""
+    perm, ends, rows = _sorted(experts, ids)
+    longer = torch.cat([x, x + 1])
+    y = experts.body.run(longer[perm // ids.shape[-1]], grouped_gemm(experts, ends, rows))
+    return _combined(y[perm.argsort()], weights)
+
+
 def one_row_for_all(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """One row broadcast against every pair's weights."""
     gemm_ids = ids.reshape(-1)
@@ -247,6 +259,26 @@ def one_row_for_all(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -
         return torch.matmul(experts.get_parameter(name)[gemm_ids], rows.unsqueeze(-1)).squeeze(-1)
 
     return _combined(experts.body.run(x.mean(0, keepdim=True).repeat_interleave(1, dim=0), gemm), weights)
+
+
+def crossed_rows(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """(T, 1, K) rows against (1, T, K) weights: a product brings every token to every token's experts."""
+    tokens, k = ids.shape
+    by_token = ids.view(1, tokens, k)
+
+    def gemm(name: str, rows: Tensor) -> Tensor:
+        return torch.matmul(experts.get_parameter(name)[by_token], rows.unsqueeze(-1)).squeeze(-1)
+
+    y = experts.body.run(x.repeat_interleave(k, dim=0).view(tokens, 1, k, x.shape[1]), gemm)
+    return (y * weights.view(1, tokens, k, 1)).sum(2).sum(0)
+
+
+def crossed_sum(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The same crossing by an addition of rows."""
+    y = experts.body.run(x.repeat_interleave(ids.shape[-1], dim=0), _gathered_gemm(experts, ids.reshape(-1)))
+    tokens, k = ids.shape
+    crossed = y.view(tokens, 1, k, x.shape[1]) + y.view(1, tokens, k, x.shape[1])
+    return (crossed * weights.view(1, tokens, k, 1)).sum(2).sum(0)
 
 
 def expanded_single_row(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -451,7 +483,10 @@ LOOKALIKES: tuple[Spelled, ...] = (
     gate_of_another_expert,
     two_inputs,
     rows_of_other_tokens,
+    more_rows_than_tokens,
     one_row_for_all,
+    crossed_rows,
+    crossed_sum,
     expanded_single_row,
     bias_on_the_sum,
     clamped_rows,
@@ -662,4 +697,93 @@ ROUTER_LOOKALIKES: tuple[Route, ...] = tuple(
         _groups_rejected,
         _groups_swapped,
     )
+)
+
+
+# -- shared experts -----------------------------------------------------------------------------------
+
+
+class Beside(nn.Module):
+    """A layer whose routed sum `join` puts together with its shared expert."""
+
+    def __init__(self, join: Join) -> None:
+        super().__init__()
+        self.routed, self.join = layer(Spec(gathered)), join
+        shared = layer(Spec(gathered, shared="plain")).shared
+        assert shared is not None
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.shared, x, self.routed(x))
+
+
+Join = Callable[[SharedExpert, Tensor, Tensor], Tensor]
+
+
+def shared_of_other_tokens(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    return y + shared.forward(x.roll(1, 1))
+
+
+def shared_of_swapped_dimensions(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    """(S, B) read as (B, S): rows in another order."""
+    return y + shared.forward(x.transpose(0, 1)).reshape(y.shape)
+
+
+def shared_of_the_result(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    return y + shared.forward(y)
+
+
+def shared_subtracted(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    return y - shared.forward(x)
+
+
+def shared_doubled(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    return torch.add(y, shared.forward(x), alpha=2)
+
+
+def shared_multiplied(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    return y * shared.forward(x)
+
+
+def shared_of_the_first_sequence(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    """One sequence's result broadcast to all."""
+    return y + shared.forward(x[:1])
+
+
+def shared_summed_over_tokens(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    return y + shared.forward(x).sum(1, keepdim=True)
+
+
+def shared_crossed(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    """Gate and up of rows that a broadcast brings together."""
+    if x.shape[0] != 1:
+        return y + shared.forward(x)
+    gate = F.silu(shared.gate.forward(x.view(1, x.shape[1], x.shape[2])))
+    up = shared.up.forward(x.view(x.shape[1], 1, x.shape[2]))
+    return y + shared.down.forward(gate * up).sum(0)
+
+
+def shared_weight_overwritten(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    """A weight changes after it was read."""
+    gate = shared.gate.forward(x)
+    shared.gate.weight.mul_(0.5)
+    return y + shared.down.forward(F.silu(gate) * shared.up.forward(x))
+
+
+def shared_twice(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    return shared.forward(x) + y + shared.forward(2 * x)
+
+
+SHARED_LOOKALIKES: tuple[Join, ...] = (
+    shared_of_other_tokens,
+    shared_of_swapped_dimensions,
+    shared_of_the_result,
+    shared_subtracted,
+    shared_doubled,
+    shared_multiplied,
+    shared_of_the_first_sequence,
+    shared_summed_over_tokens,
+    shared_crossed,
+    shared_weight_overwritten,
+    shared_twice,
 )

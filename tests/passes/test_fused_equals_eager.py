@@ -151,7 +151,7 @@ def test_the_validated_error_is_in_the_report() -> None:
     ),
     shapes=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 7)), min_size=2, max_size=2),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_is_compiled_equals_eager(
     spelling: Spelled,
     body: spellings.Body,

@@ -1,11 +1,13 @@
-"""No wrong fusion: what only looks like a known spelling runs as eager, with nothing checking the rewrites."""
+"""No wrong fusion: what only looks like a known spelling runs as eager, nothing checking the rewrites."""
+
+from typing import Any
 
 import pytest
 import torch
 
 from tests.passes import spellings
 from tests.passes.checks import assert_same, compiled
-from tests.passes.lookalikes import LOOKALIKES, ROUTER_LOOKALIKES
+from tests.passes.lookalikes import LOOKALIKES, ROUTER_LOOKALIKES, SHARED_LOOKALIKES, Beside, Join
 from tests.passes.spellings import Route, Sizes, Spec, Spelled, layer
 
 # Static sizes that coincide, so that no shape can tell two dimensions apart; and dynamic ones.
@@ -27,7 +29,7 @@ def check(spec: Spec, shapes: list[tuple[int, int]], dynamic: bool) -> None:
     except (RuntimeError, IndexError):
         pytest.skip("eager does not run at these sizes")
     made = layer(spec)
-    options = {} if dynamic else {"dynamic_shapes": None}
+    options: dict[str, Any] = {} if dynamic else {"dynamic_shapes": None}
     assert_same(compiled(made, shapes[0], spec.sizes.width, verify="off", **options), made, inputs)
 
 
@@ -42,6 +44,18 @@ def test_experts(lookalike: Spelled, sizes: str) -> None:
 def test_routers(route: Route, sizes: str) -> None:
     spec = Spec(spellings.gathered, route=route, sizes=COINCIDING[sizes][0])
     check(spec, COINCIDING[sizes][1], sizes == "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dynamic"), [([(3, 4), (2, 5)], True), ([(1, 4)], False), ([(4, 1)], False)]
+)
+@pytest.mark.parametrize("join", SHARED_LOOKALIKES, ids=lambda f: f.__name__)
+def test_shared_experts(join: Join, shapes: list[tuple[int, int]], dynamic: bool) -> None:
+    made = Beside(join).requires_grad_(False)
+    options: dict[str, Any] = {} if dynamic else {"dynamic_shapes": None}
+    assert_same(
+        compiled(made, shapes[0], verify="off", **options), made, [torch.randn(*s, 16) for s in shapes]
+    )
 
 
 @pytest.mark.parametrize("sizes", ["T = K", "T = E = K = D"])
