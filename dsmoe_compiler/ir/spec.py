@@ -223,7 +223,7 @@ def _value_text(value: object) -> str:
         return f'"{value}"'
     if type(value) in _NAMES.values():
         return to_text(value)
-    return "-1e999" if value == float("-inf") else repr(value)
+    return repr(value).replace("inf", "1e999")
 
 
 def _read(node: ast.expr) -> Any:

@@ -74,7 +74,7 @@ def test_a_damaged_file_is_one_line(here: Path) -> None:
 def test_another_programs_file_is_one_line(here: Path) -> None:
     exported = torch.export.export(torch.nn.Linear(4, 4), (torch.randn(2, 4),))
     torch.export.save(exported, here / "other.pt2")
-    assert "not one saved by this package" in wrong("inspect", "other.pt2")
+    assert "not a program saved by this package" in wrong("inspect", "other.pt2")
 
 
 def test_nan_in_the_weights_is_a_refusal(here: Path) -> None:

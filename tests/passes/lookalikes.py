@@ -276,9 +276,9 @@ def crossed_rows(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> T
 def crossed_sum(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """The same crossing by an addition of rows."""
     y = experts.body.run(x.repeat_interleave(ids.shape[-1], dim=0), _gathered_gemm(experts, ids.reshape(-1)))
+    y = y * weights.reshape(-1, 1)
     tokens, k = ids.shape
-    crossed = y.view(tokens, 1, k, x.shape[1]) + y.view(1, tokens, k, x.shape[1])
-    return (crossed * weights.view(1, tokens, k, 1)).sum(2).sum(0)
+    return (y.view(tokens, 1, k, x.shape[1]) + y.view(1, tokens, k, x.shape[1])).sum(2).sum(0)
 
 
 def expanded_single_row(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

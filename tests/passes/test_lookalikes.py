@@ -15,6 +15,7 @@ COINCIDING = {
     "dynamic": (Sizes(16, 8, 8, 2), [(3, 4), (5, 2), (1, 1)]),
     "T = K": (Sizes(16, 8, 8, 4), [(2, 2)]),
     "T = E = K = D": (Sizes(8, 8, 8, 8), [(2, 4)]),
+    "two groups of two": (Sizes(16, 8, 4, 2), [(2, 4), (3, 5)]),
     "K = 1": (Sizes(16, 8, 8, 1), [(2, 4)]),
 }
 
@@ -33,17 +34,17 @@ def check(spec: Spec, shapes: list[tuple[int, int]], dynamic: bool) -> None:
     assert_same(compiled(made, shapes[0], spec.sizes.width, verify="off", **options), made, inputs)
 
 
-@pytest.mark.parametrize("sizes", COINCIDING)
+@pytest.mark.parametrize("sizes", ["dynamic", "T = K", "T = E = K = D", "K = 1"])
 @pytest.mark.parametrize("lookalike", LOOKALIKES, ids=lambda f: f.__name__)
 def test_experts(lookalike: Spelled, sizes: str) -> None:
     check(Spec(lookalike, sizes=COINCIDING[sizes][0]), COINCIDING[sizes][1], sizes == "dynamic")
 
 
-@pytest.mark.parametrize("sizes", ["dynamic", "T = E = K = D"])
+@pytest.mark.parametrize("sizes", ["dynamic", "two groups of two", "T = E = K = D"])
 @pytest.mark.parametrize("route", ROUTER_LOOKALIKES, ids=str)
 def test_routers(route: Route, sizes: str) -> None:
     spec = Spec(spellings.gathered, route=route, sizes=COINCIDING[sizes][0])
-    check(spec, COINCIDING[sizes][1], sizes == "dynamic")
+    check(spec, COINCIDING[sizes][1], sizes in ("dynamic", "two groups of two"))
 
 
 @pytest.mark.parametrize(
