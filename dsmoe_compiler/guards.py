@@ -57,15 +57,19 @@ class Condition:
             return False
 
 
-def conditions(guards: Iterable[str], names: Mapping[str, str]) -> tuple[Condition, ...]:
-    """The guards that speak of sizes of the inputs in `names` (from the guard's name of an input to the
-    user's).
+def conditions(
+    guards: Iterable[str], names: Mapping[str, str], fixed: Mapping[Dimension, int] | None = None
+) -> tuple[Condition, ...]:
+    """The guards that speak of sizes of the inputs in `names`, from the guard's name of an input to the
+    user's.
+
+    `fixed` holds the dimensions that have one size only.
     """
-    found = (_condition(guard, names) for guard in guards)
+    found = (_condition(guard, names, fixed or {}) for guard in guards)
     return tuple(condition for condition in found if condition is not None)
 
 
-def _condition(guard: str, names: Mapping[str, str]) -> Condition | None:
+def _condition(guard: str, names: Mapping[str, str], fixed: Mapping[Dimension, int]) -> Condition | None:
     sizes = tuple(dict.fromkeys((name, int(dim)) for name, dim in _ATOM.findall(guard)))
     if not sizes or any(name not in names for name, _ in sizes):
         return None
@@ -76,10 +80,12 @@ def _condition(guard: str, names: Mapping[str, str]) -> Condition | None:
     text = _ATOM.sub(lambda atom: f"{names[atom[1]]}.shape[{atom[2]}]", guard)
     text = ast.unparse(ast.parse(text.strip(), mode="eval"))
     condition = Condition(text, False, sizes, compile(tree, "<guard>", "eval"))
-    return replace(condition, doubtful=all(condition.holds(large) for large in _larger(sizes, tree)))
+    return replace(condition, doubtful=all(condition.holds(large) for large in _larger(sizes, tree, fixed)))
 
 
-def _larger(sizes: tuple[Dimension, ...], tree: ast.AST) -> Iterator[dict[Dimension, int]]:
+def _larger(
+    sizes: tuple[Dimension, ...], tree: ast.AST, fixed: Mapping[Dimension, int]
+) -> Iterator[dict[Dimension, int]]:
     """Sizes of 2 and more at which a condition may fail: small ones, and those that its own numbers point
     to.
     """
@@ -91,7 +97,7 @@ def _larger(sizes: tuple[Dimension, ...], tree: ast.AST) -> Iterator[dict[Dimens
         if len(sizes) < 3
         else zip(*[tried] * len(sizes), strict=True)
     )
-    return (dict(zip(sizes, chosen, strict=True)) for chosen in together)
+    return ({s: fixed.get(s, n) for s, n in zip(sizes, chosen, strict=True)} for chosen in together)
 
 
 def _is_function(node: ast.AST) -> bool:

@@ -195,7 +195,13 @@ class Inputs:
     @cached_property
     def _conditions(self) -> tuple[Condition, ...]:
         names = {leaf.guarded: leaf.name for leaf in self._leaves if leaf.sizes is not None}
-        found = conditions(self.exported._guards_code, names)
+        fixed = {
+            (leaf.guarded, dim): int(size)
+            for leaf in self._leaves
+            for dim, size in enumerate(leaf.sizes or ())
+            if size.is_Integer
+        }
+        found = conditions(self.exported._guards_code, names, fixed)
         return tuple(c for c in found if self.call.exact or not c.doubtful)
 
     def _leaf_names(self, path: tuple[Any, ...]) -> tuple[str, str]:

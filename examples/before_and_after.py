@@ -1,6 +1,6 @@
 """One DeepSeekMoE layer before and after the passes, as textual IR.
 
-    python examples/before_and_after.py
+python examples/before_and_after.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Compile a transformers Mixture-of-Experts model (random weights, two small layers) and compare with eager.
 
-    python examples/compile_transformers.py
+python examples/compile_transformers.py
 """
 
 import torch

@@ -155,13 +155,17 @@ class Terms:
 
     def number(self, op: str, args: tuple[int, ...] = (), attrs: tuple[Attr, ...] = ()) -> int:
         """The term `op(*args, *attrs)`; constants and the weight go second where the operator commutes."""
-        if OPERATORS[op].commutes and self.steps[args[0]].op in ("const", "w", "pair"):
+        if OPERATORS[op].commutes and self._rank(args[0]) > self._rank(args[1]):
             args = (args[1], args[0])
         step = Step(op, args, attrs)
         if step not in self._numbers:
             self._numbers[step] = len(self.steps)
             self.steps.append(step)
         return self._numbers[step]
+
+    def _rank(self, term: int) -> int:
+        """Of two operands that commute, rows come before weights and weights before constants."""
+        return {"w": 1, "pair": 1, "const": 2}.get(self.steps[term].op, 0)
 
     def reachable(self, term: int) -> list[int]:
         """The terms that `term` is made of, operands before operators, left to right, itself last."""

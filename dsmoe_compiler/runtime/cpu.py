@@ -61,7 +61,9 @@ class CpuMoE(nn.Module):
         out_TD = run_experts(x_TD, ids_TK, weights_TK, params, self.spec.experts)
         if self.spec.shared is None:
             return out_TD
-        return out_TD + reference.shared_experts(x_TD, shared, self.spec.shared)
+        # One token as a vector: a matrix-vector product reads the weights faster.
+        rows = x_TD[0] if x_TD.shape[0] == 1 else x_TD
+        return out_TD + reference.shared_experts(rows, shared, self.spec.shared)
 
     def extra_repr(self) -> str:
         return str(self.spec)
@@ -85,10 +87,10 @@ def run_experts(
     """out (T, D) = Σ_k body(x[t], weights[t,k], P[ids[t,k]]); slots with id −1 add nothing."""
     tokens, slots = ids_TK.shape
     order_P, all_segments = _by_expert(ids_TK, spec.count)
-    # One pass may weigh and sum, in fp32; with other dtypes it would round differently from the body's
-    # product.
-    exact = all(t.dtype == torch.float32 for t in (x_TD, weights_TK, *params))
-    unweighted = spec.unweighted if exact else None
+    # Where the product with the weight is fp32 anyway, one pass over the rows weighs, reorders and sums them;
+    # in a narrower dtype it would round differently from the body.
+    sums_fp32 = weights_TK.dtype == torch.float32 and all(t.dtype.itemsize <= 4 for t in (x_TD, *params))
+    unweighted = spec.unweighted if sums_fp32 else None
     body, flat_ids, flat_w = unweighted or spec.body, ids_TK.reshape(-1), weights_TK.reshape(-1, 1)
     groups = []
     for segments in _cache_sized(all_segments):
@@ -103,6 +105,8 @@ def run_experts(
         width, dtype = reference.row_shape(spec, x_TD, weights_TK, params)
         return x_TD.new_zeros(tokens, width, dtype=reference.out_dtype(spec, dtype))
     y_PD = groups[0] if len(groups) == 1 else torch.cat(groups)
+    if unweighted:
+        y_PD = y_PD.float()
     out_TD = _combine(y_PD, order_P, weights_TK if unweighted else None, tokens, slots)
     return out_TD.to(reference.out_dtype(spec, out_TD.dtype))
 
