@@ -301,7 +301,7 @@ def _own(program: ExportedProgram) -> Captured:
         constants=dict(program.constants),
         verifiers=program.verifiers,
     )
-    owned._guards_code = list(program._guards_code)
+    owned._guards_code = list(getattr(program, "_guards_code", ()))
     return Captured(owned, CallSignature.of_exported(owned), structure, "exported program")
 
 

@@ -201,7 +201,8 @@ class Inputs:
             for dim, size in enumerate(leaf.sizes or ())
             if size.is_Integer
         }
-        found = conditions(self.exported._guards_code, names, fixed)
+        guards = getattr(self.exported, "_guards_code", ())  # recorded by recent versions of torch
+        found = conditions(guards, names, fixed)
         return tuple(c for c in found if self.call.exact or not c.doubtful)
 
     def _leaf_names(self, path: tuple[Any, ...]) -> tuple[str, str]:
