@@ -126,13 +126,6 @@ class Body:
         count[self.result] += 1
         return count
 
-    def upto(self, result: int) -> Body:
-        """The body whose value is that of step `result`."""
-        table, number = Terms(), list[int]()
-        for step in self.steps[: result + 1]:
-            number.append(table.number(step.op, tuple(number[a] for a in step.args), step.attrs))
-        return table.body(number[result], {})
-
     def __str__(self) -> str:
         """The canonical line; `parse_body` reads it back."""
         users, text, lets, letters = self.users(), list[str](), list[str](), _letters()

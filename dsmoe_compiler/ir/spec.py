@@ -56,14 +56,6 @@ class ExpertsSpec:
         return "inside"
 
     @cached_property
-    def unweighted(self) -> Body | None:
-        """The body without its last step, if that is the product with the routing weight as it comes."""
-        last = self.body.steps[self.body.result]
-        if self.weighting != "output" or last.op != "mul" or self.body.steps[last.args[1]].op != "w":
-            return None
-        return self.body.upto(last.args[0])
-
-    @cached_property
     def kind(self) -> str:
         """The field's name for the body: "SwiGLU", "GeGLU", "clamped SwiGLU", "ReLU FFN", … or "custom"."""
         return _kind(self.body)

@@ -80,11 +80,6 @@ def test_what_is_no_straight_line(steps: tuple[Step, ...]) -> None:
         Body(steps)
 
 
-def test_upto_is_the_body_of_a_step() -> None:
-    body = parse_body("mul(linear(silu(linear(x,p0)),p1),w)")
-    assert str(body.upto(body.steps[body.result].args[0])) == "linear(silu(linear(x,p0)),p1)"
-
-
 def test_evaluation_is_what_the_text_says() -> None:
     """float64, 6 products of unit size: 6·2⁻⁵³ each, 1e-14 leaves room."""
     x, w = torch.randn(3, 6, dtype=torch.float64), torch.rand(3, 1, dtype=torch.float64)
