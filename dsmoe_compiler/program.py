@@ -83,7 +83,7 @@ class Program:
             "outputs": asdict(self.outputs),
             "report": json.loads(self.report.to_json()),
         }
-        with written_whole(Path(path)) as partial, _as_stored(self.exported):
+        with written_whole(Path(path)) as partial, _as_stored(self.exported), silenced("torch.export"):
             writer = _Patient(partial)
             torch.export.save(self.exported, writer, extra_files={_RECORD: json.dumps(record)})  # type: ignore[arg-type]
             if writer.error is not None:

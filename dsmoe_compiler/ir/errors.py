@@ -75,5 +75,5 @@ class NotFused(DsmoeError):
 
     def __init__(self, refusals: tuple[tuple[str, Refusal], ...]) -> None:
         self.refusals = refusals
-        listing = "; ".join(f"{name}: {refusal}" for name, refusal in refusals)
+        listing = "; ".join(f"{name or '(model)'}: {refusal}" for name, refusal in refusals)
         super().__init__(f"{len(refusals)} layer(s) not fused: {listing}")

@@ -93,20 +93,21 @@ def run_experts(
         return x_TD.new_zeros(tokens, width, dtype=reference.out_dtype(spec, dtype))
     out_TD: Tensor | None = None
     for run in _cache_sized(segments):
-        pairs = order_P[run[0][1] : run[-1][2]]
-        token_of = pairs // slots
+        pairs = order_P if len(run) == len(segments) else order_P[run[0][1] : run[-1][2]]
         # index_select copies whole rows; indexing with a tensor was eight times slower at 6144 rows of 768.
-        x = x_TD.expand(len(pairs), -1) if tokens == 1 else x_TD.index_select(0, token_of)
+        x = x_TD.expand(len(pairs), -1) if tokens == 1 else x_TD.index_select(0, pairs // slots)
         # An expert's vectors (biases) are gathered per row; its matrices stay where they are.
         per_row = [p if p.dim() > 2 else p[flat_ids[pairs]] for p in params]
         y = reference.evaluate(spec.body, x, flat_w.index_select(0, pairs), per_row, _Grouped(run))
         # Summed while the rows are in the cache: a buffer for all P of them is fresh pages at every call.
-        if out_TD is None:
-            out_TD = y.new_zeros(tokens, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
+        summed = torch.promote_types(y.dtype, torch.float32)
         if tokens == 1:
-            out_TD += y.sum(0, dtype=out_TD.dtype)
-        else:
-            out_TD.index_add_(0, token_of, y.to(out_TD.dtype))
+            total = y.sum(0, keepdim=True, dtype=summed)
+            out_TD = total if out_TD is None else out_TD + total
+            continue
+        if out_TD is None:
+            out_TD = y.new_zeros(tokens, y.shape[1], dtype=summed)
+        out_TD.index_add_(0, pairs // slots, y.to(summed))
     assert out_TD is not None
     return out_TD.to(reference.out_dtype(spec, y.dtype))
 

@@ -28,6 +28,7 @@ _FAST: dict[object, Callable[..., Any]] = {
     aten.cos.default: torch.cos,
     aten.cumsum.default: torch.cumsum,
     aten.div.Tensor: torch.div,
+    aten.embedding.default: torch.embedding,
     aten.exp.default: torch.exp,
     aten.expand.default: Tensor.expand,
     aten.gather.default: torch.gather,
