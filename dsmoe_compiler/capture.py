@@ -40,10 +40,8 @@ from dsmoe_compiler.resize import resized
 CaptureMode = Literal["auto", "as_written"]
 _Spec = TypeVar("_Spec", InputSpec, OutputSpec)
 Example = tuple[tuple[Any, ...], dict[str, Any]]
-_BATCH, _LENGTH = (
-    3,
-    7,
-)  # traced in place of sizes 0 and 1: unequal to each other and to the widths models have
+# Traced in place of sizes 0 and 1: unequal to each other and to the widths models have.
+_BATCH, _LENGTH = 3, 7
 # By rank, the dimensions whose sizes of 0 and 1 are replaced, and whether other sizes of 1 stay: (batch,
 # length, …) first; then masks (batch, heads, length, length) broadcast over heads; then less and less.
 _STAND_INS: tuple[tuple[Callable[[int], Mapping[int, int]], bool], ...] = (

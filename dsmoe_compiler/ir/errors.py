@@ -11,7 +11,7 @@ CODES: dict[str, str] = {
     "R202": "the router reads another tensor than its experts",
     "R203": "validation: the fused router gives other numbers than the one it replaces",
     "R301": "the experts' computation leaves the known term language",
-    "R302": "no weight of this layer is indexed by an expert",
+    "R302": "the layer's weights are not all indexed by the same experts",
     "R303": "the experts of one layer read different inputs",
     "R304": "validation: the fused experts give other numbers than the ones they replace",
     "R305": "the layer's weights hold NaN",
