@@ -21,6 +21,7 @@ from dsmoe_compiler.ir.graph import (
     VIEWS,
     ProgramGraph,
     alias_root,
+    aliased_argument,
     aten,
     dtype,
     erase_dead,
@@ -28,12 +29,14 @@ from dsmoe_compiler.ir.graph import (
     mutated_argument,
 )
 from dsmoe_compiler.ir.passes import PassLog
+from dsmoe_compiler.passes.lift.state import argument
 
 _SIZES = frozenset({aten.sym_size.int, operator.mul, operator.add, operator.sub, operator.floordiv})
 _REARRANGE = frozenset(
     {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.t.default}
 )
-_NOTHING = frozenset({aten.lift_fresh.default, aten.detach_.default, aten.detach.default, aten.alias.default})
+_NOTHING = frozenset({aten.lift_fresh.default, aten.alias.default})
+_DETACH = frozenset({aten.detach.default, aten.detach_.default})
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,11 @@ def _drop_copies(graph: ProgramGraph) -> int:
         assert isinstance(below, Node)
         if alias_root(node) in written or alias_root(below) in written:
             continue
-        plain = node.target in _NOTHING or (
+        if node.target in _DETACH and dtype(node).is_floating_point:
+            continue  # it changes no value, but gradients stop there
+        if _is_copy(node) and _is_returned(node):
+            continue  # the caller may write into it
+        plain = node.target in _NOTHING | _DETACH or (
             node.target in CASTS | COPIES
             and dtype(node) == dtype(below)
             and node.meta["val"].device == below.meta["val"].device
@@ -157,6 +164,17 @@ def _drop_copies(graph: ProgramGraph) -> int:
     return changed
 
 
+def _is_copy(node: Node) -> bool:
+    """Whether a node's value has memory of its own though it equals its input."""
+    copies = argument(node, "copy", False) if node.target is aten.to.dtype else False
+    return node.target in (aten.clone.default, aten._to_copy.default) or bool(copies)
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether the program returns the value or a view of it."""
+    return any(u.op == "output" or (aliased_argument(u) is node and _is_returned(u)) for u in node.users)
+
+
 def _merge_equal(graph: ProgramGraph) -> int:
     """One node for equal views, casts and sizes, so that equal values are equal nodes."""
     seen: dict[tuple[object, ...], Node] = {}
@@ -168,7 +186,8 @@ def _merge_equal(graph: ProgramGraph) -> int:
             continue
         key = (node.target, _frozen(node.args), _frozen(tuple(sorted(node.kwargs.items()))))
         first = seen.setdefault(key, node)
-        if first is not node:
+        own_memory = node.target in CASTS and _is_returned(node)
+        if first is not node and not own_memory:
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)
             changed += 1

@@ -1,9 +1,9 @@
-"""A fused layer on a CPU: rows sorted by expert, one pass over each active expert's weights, nothing
-repacked.
+"""A fused layer on a CPU: one pass over each active expert's weights, where and as the model holds them.
 
-T·K pairs are sorted by expert; each expert that received rows runs its body on one contiguous segment, in the
-layout the model holds its weights in; the results go back to their pairs' order and are summed per token. An
-expert without rows costs nothing. With one token there is nothing to sort.
+T·K pairs are sorted by expert, so that each expert's rows are one contiguous segment. A few hundred rows at a
+time run through the body, each matrix product once per active expert and everything else once over them all,
+and are added to their tokens while they are in the cache. An expert without rows costs nothing. With one
+token there is nothing to sort.
 
 Shapes: x_TD, ids_TK, weights_TK; P = T·K.
 """

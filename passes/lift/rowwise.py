@@ -391,6 +391,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::cat": (concatenate,),
     "aten::mean": (mean,),
     "aten::clone": (copy,),
+    "aten::detach": (copy,),
     "aten::contiguous": (copy,),
     "aten::dropout": (copy,),
     "aten::view": (view,),
