@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from torch.fx import Node
 from torch.fx.experimental import _config as shapes_config
 from torch.utils import _pytree as pytree
 
+from dsmoe_compiler.control_flow import Assumption, Unrolling, keep_in_place, sizes_assumed
 from dsmoe_compiler.functions import as_module
 from dsmoe_compiler.inputs import CallSignature, Inputs
 from dsmoe_compiler.ir.errors import CaptureError, InputError
@@ -62,12 +63,13 @@ _TALKATIVE = (
 @dataclass(frozen=True)
 class Captured:
     """A graph of its own (no tensor copied) that returns a flat tuple, how to call it, what its outputs
-    become, and how it was obtained."""
+    become, how it was obtained, and what tracing took for granted of the user's code."""
 
     exported: ExportedProgram
     call: CallSignature
     outputs: Structure
     how: str
+    assumed: tuple[Assumption, ...] = ()
 
 
 def capture(
@@ -98,9 +100,9 @@ def capture(
     failures: list[Exception] = []
     for attempt in _attempts(module, example, dynamic_shapes, mode):
         try:
-            exported, outputs = _traced(module, attempt)
+            exported, outputs, assumed = _traced_with_or_without_last(module, attempt)
             Inputs(exported, call).bind(*example)
-            return Captured(exported, call, outputs, attempt.how)
+            return Captured(exported, call, outputs, attempt.how(assumed), assumed)
         except CaptureError:
             raise
         except Exception as e:  # whatever a model's own code raises while traced
@@ -122,10 +124,10 @@ class _Attempt:
     shapes: Any
     experts: str | None
 
-    @property
-    def how(self) -> str:
+    def how(self, assumed: tuple[Assumption, ...]) -> str:
         """For the report."""
-        return f"experts_implementation={self.experts}" if self.experts else "plain export"
+        way = f"experts_implementation={self.experts}" if self.experts else "plain export"
+        return f"{way}, loops over data unrolled" if assumed else way
 
 
 def _attempts(
@@ -149,9 +151,23 @@ class _Stopped(Exception):
     """
 
 
-def _traced(module: nn.Module, attempt: _Attempt) -> tuple[ExportedProgram, Structure]:
-    """The graph and the structure of its outputs; the module, its configurations and torch's settings put
-    back.
+_Traced: TypeAlias = tuple[ExportedProgram, Structure, tuple[Assumption, ...]]
+
+
+def _traced_with_or_without_last(module: nn.Module, attempt: _Attempt) -> _Traced:
+    """Loops over hit experts go over every index; where there are fewer weights than that, all but the last."""
+    unrolling = Unrolling()
+    try:
+        return _traced(module, attempt, unrolling)
+    except IndexError:
+        if not unrolling.assumed:
+            raise
+        return _traced(module, attempt, Unrolling(skip_last=True))
+
+
+def _traced(module: nn.Module, attempt: _Attempt, unrolling: Unrolling) -> _Traced:
+    """The graph, the structure of its outputs, and what was assumed; the module, its configurations and
+    torch's settings put back.
     """
     structures: list[Structure] = []
 
@@ -165,7 +181,8 @@ def _traced(module: nn.Module, attempt: _Attempt) -> tuple[ExportedProgram, Stru
     with preserved(module), torch.no_grad(), sizes, silenced(*_TALKATIVE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attribute")  # set in forward: it is taken back
         prepare_configs(module, attempt.experts)
-        module.forward = _stopping(module.forward, attempt.kwargs)
+        keep_in_place(module)
+        module.forward = _stopping(module.forward, attempt.kwargs, unrolling)
         module.register_forward_hook(take_apart)
         try:
             exported = torch.export.export(
@@ -174,18 +191,32 @@ def _traced(module: nn.Module, attempt: _Attempt) -> tuple[ExportedProgram, Stru
         except _Stopped as e:
             assert isinstance(e.__cause__, Exception)
             raise e.__cause__ from None
-    return exported, structures[-1]
+    _register_uses(exported.graph)
+    return exported, structures[-1], unrolling.assumed
 
 
-def _stopping(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """The same forward, its exceptions carried by `_Stopped`, its **kwargs spelled out: torch.export
-    cannot name them.
+def _register_uses(graph: torch.fx.Graph) -> None:
+    """torch.export leaves values that a `no_grad` block reads without that use of them on record."""
+    for node in graph.nodes:
+        for argument in node.all_input_nodes:
+            argument.users.setdefault(node)
+
+
+def _stopping(
+    forward: Callable[..., Any], kwargs: Mapping[str, Any], unrolling: Unrolling
+) -> Callable[..., Any]:
+    """The same forward with its loops unrolled, its exceptions carried by `_Stopped`, its **kwargs spelled
+    out: torch.export cannot name them.
     """
 
     @functools.wraps(forward)
     def stopping(*args: Any, **kwargs: Any) -> Any:
+        fake = torch._guards.detect_fake_mode((args, kwargs))
+        environment = getattr(fake, "shape_env", None)
+        sizes = sizes_assumed(environment, unrolling) if environment is not None else contextlib.nullcontext()
         try:
-            return forward(*args, **kwargs)
+            with sizes, unrolling:
+                return forward(*args, **kwargs)
         except Exception as e:
             raise _Stopped from e
 

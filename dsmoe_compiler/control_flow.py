@@ -1,0 +1,351 @@
+"""Python control flow over a tensor's values, traced without touching the code that holds it.
+
+torch.export stops where Python needs to know a value: a loop over the experts that were hit, a count moved to
+the host, a branch on "has any token". While `Unrolling` is entered, such places are traced as they behave
+for an expert that has tokens, and what that takes for granted is written down as an `Assumption`:
+
+    for e in hit.nonzero(): …            every index is visited, in order      VISITS
+    counts.tolist(), .cpu().numpy()      one symbolic size each                COUNTS
+    if mask.any(): …                     the expert has tokens                 TOKENS
+    if n == 0: continue                  the expert has tokens                 TOKENS
+    sizes that depend on data meet       they are equal, and none is 1         SIZES
+    weights[e], e a class too many       no token selects the last class       SENTINEL
+
+An assumption is about the user's code, so it can be false: whoever captures has to replay the graph against
+the model on routings where it would show. Names formatted from an index, a static `bincount` and a `.to` that
+changes nothing are taken as well; these assume nothing.
+
+Nothing outside the current thread and the traced program's own shapes is changed: a function mode is
+thread-local, the shape oracle is set on the one ShapeEnv in use, `Module.to` on the one model's modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, SymT, symbol_is_type
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
+
+Function: TypeAlias = Callable[..., Any]
+
+VISITS = "every index is visited: for an expert without tokens the loop's body changes nothing"
+COUNTS = "the numbers read from the tensor are counts: none is negative"
+TOKENS = "the branch is the one of an expert that has tokens; without tokens it changes nothing"
+SIZES = "sizes that depend on data are equal where they meet, and none is a single row to be broadcast"
+SENTINEL = "no token selects the last class"
+
+_OUR_FOLDER = str(Path(__file__).parent)
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+_SIZE_OF_THE_UNKNOWN = 64  # an unbacked size where an inequality asks; sizes the caller chooses are far larger
+_SIZE_OF_AN_INPUT = 2**20
+# Functions whose results follow from a known tensor: all that code does with a list of hit experts.
+_FOLLOWS = frozenset(
+    {
+        *("__getitem__", "unbind", "squeeze", "unsqueeze", "flatten", "view", "reshape", "ravel", "select"),
+        *("to", "cpu", "cuda", "int", "long", "detach", "contiguous", "clone", "type", "split", "chunk"),
+        *("tolist", "item", "numpy", "unique", "sort", "__len__", "__int__", "__index__"),
+    }
+)
+_SAME_NUMBERS = frozenset(
+    {
+        *("to", "cpu", "int", "long", "detach", "contiguous", "clone", "view", "reshape", "flatten", "ravel"),
+        *("squeeze", "unsqueeze", "select", "__getitem__", "item"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """What tracing took for granted (one of the sentences above), and the user's "file.py:123" it is about."""
+
+    text: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.text}" if self.source else self.text
+
+
+class Unrolling(TorchFunctionMode):
+    """Enter it around the forward while torch.export traces; `assumed` then lists what it took for granted.
+
+    With `skip_last`, loops over hit indices leave out the last: the class of dropped tokens, for which a model
+    may have no weights.
+    """
+
+    def __init__(self, skip_last: bool = False) -> None:
+        super().__init__()
+        self.skip_last = skip_last
+        self._assumed: dict[Assumption, None] = {}
+        self._known = WeakIdKeyDictionary()  # tensor -> its values, on the CPU
+        self._counts = WeakIdKeyDictionary()  # tensor -> True: its numbers count something
+        self._branches = WeakIdKeyDictionary()  # boolean -> what it is for an expert that has tokens
+
+    @property
+    def assumed(self) -> tuple[Assumption, ...]:
+        """In the order they were met, each once."""
+        return tuple(self._assumed)
+
+    def assume(self, text: str) -> None:
+        """Write down an assumption about the line of the user's code that runs now."""
+        self._assumed[Assumption(text, _user_line())] = None
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        tensor = args[0] if args and isinstance(args[0], Tensor) else None
+        if tensor is None:
+            return func(*args, **kwargs)
+        if name in _FOLLOWS and tensor in self._known:
+            return self._follow(func, name, tensor, args[1:], kwargs)
+        answer = self._answer(name, tensor, args, kwargs)
+        if answer is not None:
+            return answer[0]
+        result = func(*args, **kwargs)
+        self._learn(name, tensor, args, result)
+        return result
+
+    def _answer(
+        self, name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any] | None:
+        """What to give instead of calling the function, as a tuple of one; None: call it."""
+        match name:
+            case "nonzero" | "where" if self._lists_indices(name, tensor, args, kwargs):
+                as_tuple = name == "where" or bool(kwargs.get("as_tuple"))
+                return (self._every_index(tensor, as_tuple),)
+            case "bincount":
+                return self._static_bincount(tensor, args, kwargs)
+            case "one_hot":
+                return _symbolic_one_hot(tensor, args, kwargs)
+            case "__format__" if (constant := _constant(tensor)) is not None and tensor.numel() == 1:
+                return (format(constant.item(), *args[1:]),)
+            case "numpy" if _is_short_list(tensor):
+                import numpy
+
+                return (numpy.array(self._numbers(tensor), dtype=object),)
+            case "tolist" if _is_short_list(tensor):
+                return (self._numbers(tensor),)
+            case "item" if tensor in self._counts and _constant(tensor) is None:
+                return (self._count(tensor),)
+            case "__bool__" | "item" if tensor in self._branches:
+                self.assume(TOKENS)
+                return (self._branches[tensor],)
+            case "__bool__" if tensor in self._counts and _constant(tensor) is None:
+                self.assume(TOKENS)
+                return (True,)
+        return None
+
+    def _learn(self, name: str, tensor: Tensor, args: tuple[Any, ...], result: Any) -> None:
+        """Remember which results count something, and which booleans ask whether there is anything."""
+        if not isinstance(result, Tensor) or _constant(result) is not None:
+            return
+        if result.dtype == torch.bool:
+            answer = self._with_tokens(name, tensor, args)
+            if answer is not None and result.numel() == 1:
+                self._branches[result] = answer
+        elif not result.is_floating_point() and not result.is_complex():
+            sums = name == "sum" and not tensor.is_floating_point()
+            again = name in (*_SAME_NUMBERS, "cumsum") and tensor in self._counts
+            if name in ("bincount", "count_nonzero") or sums or again:
+                self._counts[result] = True
+
+    def _with_tokens(self, name: str, tensor: Tensor, args: tuple[Any, ...]) -> bool | None:
+        """Whether a question about a tensor is true of an expert that has tokens; None if it is no such
+        question.
+        """
+        if name in ("logical_not", "__invert__", "bitwise_not") and tensor in self._branches:
+            return not self._branches[tensor]
+        if name == "any":
+            return True
+        if name in _SAME_NUMBERS and tensor in self._branches:
+            return bool(self._branches[tensor])
+        if tensor not in self._counts or len(args) < 2 or not isinstance(args[1], (int, float)):
+            return None
+        match name, args[1]:
+            case ("eq" | "__eq__" | "le" | "__le__", 0) | ("lt" | "__lt__", 1):
+                return False
+            case ("ne" | "__ne__" | "gt" | "__gt__" | "greater", 0) | ("ge" | "__ge__", 1):
+                return True
+        return None
+
+    def _lists_indices(
+        self, name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        one_argument = len(args) == 1 and not set(kwargs) - {"as_tuple"}
+        return one_argument and tensor.dim() == 1 and isinstance(tensor.shape[0], int)
+
+    def _every_index(self, tensor: Tensor, as_tuple: bool) -> Tensor | tuple[Tensor]:
+        """All indices of a vector of static size, as nonzero gives those of the hit ones."""
+        self.assume(VISITS)
+        if self.skip_last:
+            self.assume(SENTINEL)
+        with _disable_current_modes():
+            values = torch.arange(int(tensor.shape[0]) - self.skip_last)
+            values = values if as_tuple else values.unsqueeze(1)
+        made = self._traced(values, tensor.device)
+        return (made,) if as_tuple else made
+
+    def _traced(self, values: Tensor, device: torch.device) -> Tensor:
+        """A constant of the traced program with these values, remembered."""
+        made = torch.tensor(values.tolist(), dtype=values.dtype, device=device)
+        self._known[made] = values
+        return made
+
+    def _follow(
+        self, func: Function, name: str, tensor: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The result for a tensor whose values are known: numbers as they are, tensors as constants."""
+        if name in ("cpu", "cuda"):
+            return tensor
+        if name == "to":  # its values stay on the CPU
+            kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+            rest = tuple(a for a in rest if not isinstance(a, (torch.device, str)))
+            if not rest and not kwargs:
+                return tensor
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            result = func(self._known[tensor], *rest, **kwargs)
+        if isinstance(result, Tensor):
+            return self._traced(result, tensor.device)
+        if isinstance(result, (tuple, list)) and all(isinstance(r, Tensor) for r in result):
+            return type(result)(self._traced(r, tensor.device) for r in result)
+        return result
+
+    def _static_bincount(
+        self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor] | None:
+        """bincount(x, minlength=n) of numbers below n has n entries; more would be an index error here."""
+        size = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+        weighted = kwargs.get("weights", args[1] if len(args) > 1 else None) is not None
+        if weighted or not isinstance(size, int) or not size:
+            return None
+        counts = torch.zeros(size, dtype=torch.int64, device=tensor.device)
+        counts = counts.index_add(0, tensor.long(), torch.ones_like(tensor, dtype=torch.int64))
+        self._counts[counts] = True
+        return (counts,)
+
+    def _numbers(self, tensor: Tensor) -> list[Any]:
+        """The entries of a vector of static size, one symbolic integer each."""
+        entries = [tensor[i] for i in range(int(tensor.shape[0]))]
+        return [self._count(e) if tensor in self._counts else e.item() for e in entries]
+
+    def _count(self, tensor: Tensor) -> Any:
+        """A scalar that counts something as a symbolic integer."""
+        with torch._C.DisableTorchFunction():
+            number = tensor.item()
+        if isinstance(number, torch.SymInt):
+            self.assume(COUNTS)
+            torch._check(number >= 0)
+        return number
+
+
+def _is_short_list(tensor: Tensor) -> bool:
+    """A vector of integers whose length does not vary and whose values tracing does not know."""
+    vector = tensor.dim() == 1 and isinstance(tensor.shape[0], int)
+    return vector and not tensor.is_floating_point() and _constant(tensor) is None
+
+
+def _constant(tensor: Tensor) -> Tensor | None:
+    """The values of a tensor that tracing knows, as torch records them."""
+    return getattr(tensor, "constant", None)
+
+
+def _symbolic_one_hot(tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor] | None:
+    """one_hot with a class count that varies: a comparison, which has no check on values."""
+    classes = kwargs.get("num_classes", args[1] if len(args) > 1 else -1)
+    if not isinstance(classes, torch.SymInt):
+        return None
+    return ((tensor.unsqueeze(-1) == torch.arange(classes, device=tensor.device)).to(torch.int64),)
+
+
+def _user_line() -> str:
+    """The innermost "file.py:123" on the stack outside torch and this package."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        outside = not file.startswith((_TORCH_FOLDER, "<")) and str(Path(file).parent) != _OUR_FOLDER
+        if outside and Path(file).name != "contextlib.py":
+            return f"{Path(file).name}:{frame.f_lineno}"
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return ""
+
+
+@contextlib.contextmanager
+def sizes_assumed(environment: ShapeEnv, mode: Unrolling) -> Iterator[None]:
+    """While open, questions about sizes that depend on data are answered as for experts that have tokens."""
+    evaluate = environment.evaluate_expr
+
+    @functools.wraps(evaluate)
+    def answer(expression: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
+        try:
+            return evaluate(expression, *args, **kwargs)
+        except Exception as e:
+            if "data-dependent" not in str(e).lower():
+                raise
+            found = _about_tokens(expression)
+            if found is None:
+                raise
+            text, truth = found
+            mode.assume(text)
+            return sympy.true if truth else sympy.false
+
+    environment.evaluate_expr = answer  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del environment.evaluate_expr
+
+
+def _about_tokens(expression: sympy.Basic) -> tuple[str, bool] | None:
+    """(what is assumed, the answer) for a comparison of sizes; None where it is none."""
+    if not isinstance(expression, sympy.core.relational.Relational):
+        return None
+    unknown = [s for s in expression.free_symbols if symbol_is_type(s, SymT.UNBACKED_INT)]
+    if not unknown:
+        return None
+    if isinstance(expression, (sympy.Eq, sympy.Ne)):
+        equal = isinstance(expression, sympy.Eq)
+        if 0 in expression.args:
+            return TOKENS, not equal
+        return SIZES, equal != (1 in expression.args)
+    sizes = {s: _SIZE_OF_AN_INPUT for s in expression.free_symbols}
+    sizes |= {s: _SIZE_OF_THE_UNKNOWN + 7 * i for i, s in enumerate(sorted(unknown, key=str))}
+    truth = expression.subs(sizes)
+    return (SIZES, bool(truth)) if truth in (sympy.true, sympy.false) else None
+
+
+def keep_in_place(module: nn.Module) -> None:
+    """Have `.to`, `.float` and their like return the module where they would change nothing.
+
+    Sets attributes on the modules; whoever calls puts the modules back.
+    """
+    for part in module.modules():
+        for name in ("to", "float", "half", "bfloat16", "double"):
+            setattr(part, name, _unless_needless(part, name, getattr(part, name)))
+
+
+def _unless_needless(module: nn.Module, name: str, convert: Function) -> Function:
+    @functools.wraps(convert)
+    def converted(*args: Any, **kwargs: Any) -> Any:
+        wanted = {"float": (torch.float32,), "double": (torch.float64,)}.get(name)
+        wanted = wanted or {"half": (torch.float16,), "bfloat16": (torch.bfloat16,)}.get(name) or args
+        device, dtype, _, layout = torch._C._nn._parse_to(*wanted, **kwargs)
+        tensors = [*module.parameters(), *module.buffers()]
+        same_dtype = dtype is None or all(t.dtype == dtype for t in tensors if t.is_floating_point())
+        same_device = device is None or all(t.device == device for t in tensors)
+        return module if same_dtype and same_device and layout is None else convert(*args, **kwargs)
+
+    return converted
