@@ -2,28 +2,30 @@
 names.
 
     %3 : f32[s0*s1, 64] = view(%x, [s0*s1, 64])
-    %4 : f32[s0*s1, 64] = dsmoe.moe(%3, [@layers.0.mlp.gate.weight], …, "moe(top_k=2,…)")
+    %4 : f32[s0*s1, 64] = dsmoe.moe(%3,
+        router=[@layers.0.mlp.gate.weight],
+        …
+        spec=moe(top_k=2, …))
 
 The same program captured twice prints the same bytes: no internal name, symbol or address appears.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import ProgramGraph, module_path
+from dsmoe_compiler.ir.graph import ProgramGraph, is_tensor, module_path, shape
+from dsmoe_compiler.ir.name_lists import fold_names
+from dsmoe_compiler.ir.spec_lines import STEP, spec_lines
+from dsmoe_compiler.ir.type_names import TypeNames
 
-_DTYPES = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
-_WIDTH = 110  # a longer line has one argument a line
-_EACH = ",\n    "
-_SYMBOL = re.compile(r"\b[su]\d+\b")
+WIDTH = 110  # a longer line has one argument a line
+_UNSAID = ("device", "pin_memory")
 
 
 def print_graph(graph: ProgramGraph, nodes: Iterable[Node] | None = None, modules: bool = False) -> str:
@@ -35,74 +37,177 @@ def print_graph(graph: ProgramGraph, nodes: Iterable[Node] | None = None, module
         line = printer.line(node)
         if line is None or (wanted is not None and node not in wanted):
             continue
-        if modules and node.op == "call_function" and module_path(node) != path:
-            path = module_path(node)
-            lines.append(f"# {'.'.join(path)}")
+        if modules and node.op == "call_function" and (at := _module(graph, node, path)) not in (path, None):
+            path = at
+            lines.append(f"# {path or '(model)'}")
         lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class LayerNodes:
+    """One layer of a graph: its `name`, the values it reads from outside, tokens first, its own values in
+    execution order, and those of them that are read outside.
+    """
+
+    name: str
+    inputs: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    results: tuple[Node, ...]
+
+
+def print_layer(graph: ProgramGraph, layer: LayerNodes) -> str:
+    """One layer alone: its inputs with their types, its values numbered from 0, its results.
+
+    Sizes stand where they are used; T is the number of tokens; a parameter's name begins with a dot where the
+    layer's own name is left out; assertions are counted, not shown. So layers that are alike print alike.
+    """
+    tokens = layer.inputs[0] if layer.inputs else None
+    named = is_tensor(tokens) and len(shape(tokens)) > 1 if tokens is not None else False
+    printer = _Printer(graph, prefix=layer.name, inline_sizes=True)
+    for given in graph.user_inputs():
+        printer.types.type(given.meta.get("val"))  # symbols are numbered as in the whole program's text
+    if tokens is not None and named:
+        count: Any = 1
+        for size in shape(tokens)[:-1]:
+            count = count * size
+        printer.types.tokens = count if isinstance(count, torch.SymInt) else None
+    return "\n".join(printer.layer(layer)) + "\n"
+
+
+def is_assertion(node: Node) -> bool:
+    """Whether a node only checks: it has no value."""
+    return node.op == "call_function" and node.meta.get("val") is None and not node.users
 
 
 @dataclass
 class _Printer:
     graph: ProgramGraph
+    prefix: str = ""
+    inline_sizes: bool = False
     names: dict[Node, str] = field(default_factory=dict)
-    symbols: dict[str, str] = field(default_factory=dict)
+    types: TypeNames = field(default_factory=TypeNames)
     count: int = 0
+
+    def layer(self, layer: LayerNodes) -> list[str]:
+        head = f"# layer {layer.name}" if layer.name else "# the whole model"
+        if self.types.tokens is not None:
+            head += f", T = {self.types.definition} tokens"
+        lines = [head]
+        for i, node in enumerate(n for n in layer.inputs if not self._is_size(n)):
+            self.names[node] = f"%x{i or ''}"
+            lines.append(f"{self.names[node]} : {self.types.type(node.meta.get('val'))} = input")
+        shown = [n for n in layer.nodes if not is_assertion(n) and not self._is_size(n)]
+        lines += [line for node in shown if (line := self.line(node)) is not None]
+        if assertions := sum(map(is_assertion, layer.nodes)):
+            lines.append(f"# {assertions} assertion{'s' if assertions > 1 else ''} not shown")
+        return [*lines, f"return {', '.join(self.argument(r) for r in layer.results)}"]
 
     def line(self, node: Node) -> str | None:
         """The node's line, or None for a parameter, which is printed where it is used."""
         if (parameter := self.graph.parameter(node)) is not None:
-            self.names[node] = f"@{parameter}"
+            self.names[node] = self._parameter(parameter)
             return None
         if node.op == "placeholder":
             self.names[node] = f"%{node.name}"
-            return f"{self.names[node]} : {self.type(node.meta.get('val'))} = input"
+            return f"{self.names[node]} : {self.types.type(node.meta.get('val'))} = input"
         if node.op == "output":
             return f"return {self.argument(node.args[0])}"
         self.names[node] = f"%{self.count}"
         self.count += 1
+        return self._call(f"{self.names[node]} : {self.types.type(node.meta.get('val'))} = ", node)
+
+    def _call(self, lead: str, node: Node) -> str:
+        if _operator(node).startswith("dsmoe."):
+            return self._own(lead, node)
         arguments = [self.argument(a) for a in node.args]
-        arguments += [
-            f"{k}={self.argument(v)}"
-            for k, v in sorted(node.kwargs.items())
-            if k not in ("device", "pin_memory")
-        ]
-        kind = self.type(node.meta.get("val"))
-        line = f"{self.names[node]} : {kind} = {_operator(node)}({', '.join(arguments)})"
-        if len(line) <= _WIDTH:
+        arguments += [f"{k}={self.argument(v)}" for k, v in sorted(node.kwargs.items()) if k not in _UNSAID]
+        line = f"{lead}{_operator(node)}({', '.join(arguments)})"
+        if len(line) <= WIDTH:
             return line
-        return f"{self.names[node]} : {kind} = {_operator(node)}(\n    {_EACH.join(arguments)})"
+        pieces = [p for a in (*node.args, *node.kwargs.values()) for p in self._wrapped(a, "")]
+        return f"{lead}{_operator(node)}(\n" + _indented(pieces) + ")"
+
+    def _own(self, lead: str, node: Node) -> str:
+        """One of this compiler's operators: its lists by name, its spec over several lines; empty lists are
+        not said.
+        """
+        schema = getattr(node.target, "_schema", None)
+        formals = [a.name for a in schema.arguments] if schema is not None else []
+        given = list(zip(formals, node.args, strict=False))
+        plain = [self.argument(a) for _, a in given if not isinstance(a, (list, tuple, str))]
+        pieces = list[str]()
+        for name, value in given:
+            if isinstance(value, str) and name == "spec":
+                first, *others = spec_lines(value, WIDTH - STEP - len("spec=,"))
+                pieces.append("\n".join([f"spec={first}", *others]))
+            elif isinstance(value, (list, tuple)) and value:
+                pieces += self._wrapped(value, f"{name}=")
+        opening = f"{lead}{_operator(node)}({', '.join(plain)}"
+        if len(one := f"{opening}{', ' if plain else ''}{', '.join(pieces)})") <= WIDTH and "\n" not in one:
+            return one
+        return f"{opening}{',' if plain else ''}\n{_indented(pieces)})"
+
+    def _wrapped(self, value: Any, label: str) -> list[str]:
+        """An argument as one piece, a long list over several lines."""
+        if not isinstance(value, (list, tuple)):
+            return [f"{label}{self.argument(value)}"]
+        lines, indent = [f"{label}["], " " * (len(label) + 1)
+        items = self._items(value)
+        for i, item in enumerate(items):
+            item += "," if i + 1 < len(items) else "]"
+            room = len(lines[-1]) + len(item) + 1 <= WIDTH - STEP
+            if lines[-1].endswith("[") or room:
+                lines[-1] += item if lines[-1].endswith("[") else f" {item}"
+            else:
+                lines.append(indent + item)
+        return ["\n".join(lines) + ("" if items else "]")]
 
     def argument(self, value: Any) -> str:
         if isinstance(value, Node):
+            if self.inline_sizes and self._is_size(value):
+                return self.types.size(value.meta["val"])
+            if (parameter := self.graph.parameter(value)) is not None:
+                return self._parameter(parameter)
             return self.names[value]
         if isinstance(value, (list, tuple)):
-            return f"[{', '.join(self.argument(v) for v in value)}]"
+            return f"[{', '.join(self._items(value))}]"
         if isinstance(value, torch.dtype):
             return str(value).removeprefix("torch.")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return self.types.size(value)
         return f'"{value}"' if isinstance(value, str) else str(value)
 
-    def type(self, value: Any) -> str:
-        if isinstance(value, Tensor):
-            sizes = ", ".join(self.size(s) for s in value.shape)
-            name = str(value.dtype).removeprefix("torch.")
-            word = name.rstrip("0123456789")
-            return f"{_DTYPES.get(word, word)}{name[len(word) :]}[{sizes}]"
-        if isinstance(value, (list, tuple)):
-            return f"({', '.join(self.type(v) for v in value)})"
-        if isinstance(value, (int, torch.SymInt)):
-            return self.size(value)
-        return "none" if value is None else type(value).__name__
+    def _items(self, values: Sequence[Any]) -> list[str]:
+        parameters = [self.graph.parameter(v) for v in values]
+        if all(p is not None for p in parameters):
+            return fold_names([self._parameter(p) for p in parameters if p is not None])
+        return [self.argument(v) for v in values]
 
-    def size(self, size: int | torch.SymInt) -> str:
-        """A size with its symbols renamed s0, s1, … in order of appearance, factors in that order."""
-        text = str(size)
-        for symbol in _SYMBOL.findall(text):
-            self.symbols.setdefault(symbol, f"s{len(self.symbols)}")
-        renamed = _SYMBOL.sub(lambda m: self.symbols[m.group()], text)
-        if re.fullmatch(r"[\w*]+", renamed):
-            return "*".join(sorted(renamed.split("*"), key=lambda f: (not f.isdigit(), f)))
-        return renamed
+    def _parameter(self, name: str) -> str:
+        own = self.prefix and name.startswith(f"{self.prefix}.")
+        return f"@{name.removeprefix(self.prefix)}" if own else f"@{name}"
+
+    def _is_size(self, node: Node) -> bool:
+        return isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def _indented(pieces: Sequence[str]) -> str:
+    """Each piece on lines of its own, one step in."""
+    lines = ",\n".join(pieces).split("\n")
+    return "\n".join(" " * STEP + line for line in lines)
+
+
+def _module(graph: ProgramGraph, node: Node, current: str | None) -> str | None:
+    """The module a value was made in; its parent where a parameter in the line says the rest, None where
+    nobody knows.
+    """
+    path = module_path(node)
+    if path and path[0].startswith("_"):
+        return None
+    said = {(graph.parameter(a) or "").rpartition(".")[0] for a in node.all_input_nodes}
+    whole = ".".join(path)
+    return ".".join(path[:-1]) if whole in said and whole != current else whole
 
 
 def _operator(node: Node) -> str:

@@ -29,9 +29,11 @@ def test_only_values_sizes_and_parameters_have_names() -> None:
     assert "@experts.gate_up" in "\n".join(lines) and "0x" not in "\n".join(lines)
 
 
-def test_modules_are_said_where_they_change() -> None:
-    marks = [line for line in text((2, 5), modules=True).splitlines() if line.startswith("#")]
-    assert "# router" in marks and "# shared.down" in marks
+def test_modules_are_said_where_they_change_and_no_parameter_says_it() -> None:
+    lines = text((2, 5), modules=True).splitlines()
+    marks = [line for line in lines if line.startswith("#")]
+    assert "# shared" in marks and any("@shared.down.weight" in line for line in lines)
+    assert "# shared.down" not in marks
     assert all(a != b for a, b in zip(marks, marks[1:], strict=False))
 
 
