@@ -36,7 +36,7 @@ def compile(
     dynamic_shapes: Any = "auto",
     backend: Literal["auto", "cpu", "reference"] = "auto",
     capture: CaptureMode = "auto",
-    pipeline: Sequence[Pass] | None = None,
+    pipeline: Sequence[Pass] | str | None = None,
     verify: Verify = "numeric",
     require_fused: bool = False,
     progress: Progress | None = None,
@@ -50,7 +50,7 @@ def compile(
         dynamic_shapes: "auto" (every size that can vary does, 0 and 1 included) or torch.export's own form.
         backend: what runs the fused layers; "auto" is the CPU path for a model on the CPU.
         capture: "as_written" never switches a transformers model's experts implementation while tracing.
-        pipeline: passes to run instead of the default ones.
+        pipeline: passes to run instead of the default ones, or their text: "normalize,lift_experts".
         verify: "numeric" checks every rewrite and the whole program on numbers; "off" trusts them.
         require_fused: raise NotFused if any layer was refused.
         progress: called with the name of each stage when it begins.
@@ -64,12 +64,12 @@ def compile(
         capture=(capture, get_args(CaptureMode)),
         verify=(verify, get_args(Verify)),
     )
+    steps = passes.steps_of(pipeline)
     request = _request(model, args, kwargs, dynamic_shapes, capture)
     if request.on_meta():
         raise InputError(
             "the model is on the meta device and has no weights: use inspect, or load its weights"
         )
-    steps = passes.DEFAULT if pipeline is None else tuple(pipeline)
     program = _compiled(request, backend, steps, verify, progress)
     if require_fused:
         _require_fused(program.report)

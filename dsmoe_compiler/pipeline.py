@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dsmoe_compiler.instrument import Instrument, PassRun
 from dsmoe_compiler.ir.errors import DsmoeError, Refusal
 from dsmoe_compiler.ir.graph import ProgramGraph, erase_dead
 from dsmoe_compiler.ir.passes import LayerFacts, Pass, PassLog, Replacement
@@ -14,12 +15,18 @@ from dsmoe_compiler.passes.fuse_router import FuseRouter
 from dsmoe_compiler.passes.fuse_shared_experts import FuseSharedExperts
 from dsmoe_compiler.passes.lift_experts import LiftExperts
 from dsmoe_compiler.passes.normalize import Normalize
+from dsmoe_compiler.pipeline_text import parse
+from dsmoe_compiler.report.remarks import remarks_of
 from dsmoe_compiler.report.report import LayerReport, PassReport
 from dsmoe_compiler.validate import Verdict, validate
 
 Verify = Literal["numeric", "off"]
 Progress = Callable[[str], None]
 
+# Every pass that a pipeline's text can name, in execution order.
+PASSES: Mapping[str, type[Pass]] = {
+    each.name: each for each in (Normalize, LiftExperts, FuseRouter, FuseSharedExperts)
+}
 DEFAULT: tuple[Pass, ...] = (Normalize(), LiftExperts(), FuseRouter(), FuseSharedExperts())
 
 
@@ -36,22 +43,41 @@ class Outcome:
     remarks: tuple[str, ...]
 
 
+def steps_of(pipeline: Sequence[Pass] | str | None) -> tuple[Pass, ...]:
+    """The passes to run: those given, those a text names, the default ones for None. Raises InputError."""
+    if isinstance(pipeline, str):
+        return parse(pipeline, PASSES)
+    return DEFAULT if pipeline is None else tuple(pipeline)
+
+
 def run(
-    graph: ProgramGraph, passes: Sequence[Pass], verify: Verify, progress: Progress | None = None
+    graph: ProgramGraph,
+    passes: Sequence[Pass],
+    verify: Verify,
+    progress: Progress | None = None,
+    instruments: Sequence[Instrument] = (),
 ) -> Outcome:
-    """Run the passes over the graph, in place. Raises PassFailed naming the pass when one breaks."""
+    """Run the passes over the graph, in place, watched by the instruments. Raises PassFailed naming the pass
+    when one breaks.
+    """
     check = verify == "numeric" and not graph.on_meta()
     log, reports = PassLog(), list[PassReport]()
     for step in passes:
         if progress:
             progress(step.name)
-        reports.append(_run_one(graph, step, log, check))
+        for each in instruments:
+            each.before(step, graph)
+        ran = _run_one(graph, step, log, check)
+        for each in instruments:
+            each.after(step, graph, ran)
+        reports.append(ran.report)
     layers = sorted(log.layers.values(), key=lambda f: f.order)
-    return Outcome(tuple(_layer_report(f) for f in layers), tuple(reports), tuple(log.remarks))
+    return Outcome(tuple(_layer_report(f) for f in layers), tuple(reports), tuple(map(str, log.remarks)))
 
 
-def _run_one(graph: ProgramGraph, step: Pass, log: PassLog, check: bool) -> PassReport:
+def _run_one(graph: ProgramGraph, step: Pass, log: PassLog, check: bool) -> PassRun:
     start, before, known = time.perf_counter(), len(graph.nodes), dict(log.layers)
+    said = len(log.remarks)
     log.replacements.clear()
     try:
         changed = step.run(graph, log)
@@ -67,7 +93,14 @@ def _run_one(graph: ProgramGraph, step: Pass, log: PassLog, check: bool) -> Pass
         raise PassFailed(f"pass {step.name} failed: {type(e).__name__}: {e}") from e
     errors = [v.error for v in verdicts if v.passed]
     error = max(errors) if errors else None
-    return PassReport(step.name, time.perf_counter() - start, before, len(graph.nodes), changed, error)
+    seconds = time.perf_counter() - start
+    return PassRun(
+        PassReport(step.name, seconds, before, len(graph.nodes), changed, error),
+        found=len(log.layers.keys() - known.keys()),
+        replaced=len(log.replacements),
+        taken_back=sum(not v.passed for v in verdicts),
+        remarks=remarks_of(step.name, known, log.layers, log.remarks[said:]),
+    )
 
 
 def _checked(

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch.fx import Node
 
 from dsmoe_compiler.ir import ops
+from dsmoe_compiler.ir.errors import Refusal
 from dsmoe_compiler.ir.graph import (
     CASTS,
     ProgramGraph,
@@ -65,7 +66,7 @@ class FuseRouter:
             except _Unknown as e:
                 where = source(e.node, facts.name if facts else "")
                 name = facts.name if facts else node.name
-                log.remark(f"{name}: router as written ({e.code}: {e.because}; {where})")
+                log.remark(name, "router as written", Refusal(e.code, e.because, e.node.name, where))
                 continue
             name = facts.name if facts else node.name
             log.replace(Replacement(name, node, new, inputs, "R203"))

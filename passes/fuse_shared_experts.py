@@ -45,7 +45,8 @@ class FuseSharedExperts:
             spec = replace(parse(str(text), MoESpec), shared=shared)
             sizes = size_arguments(graph, add)
             if sizes is None:
-                log.remark(f"{node.name}: shared experts as written: their sum's sizes are held by no value")
+                name = facts.name if facts else node.name
+                log.remark(name, "shared experts as written: their sum's sizes are held by no value")
                 continue
             with graph.graph.inserting_before(add):
                 new = graph.graph.call_function(ops.MOE, (x, router, experts, params, spec.text))

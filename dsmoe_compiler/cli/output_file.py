@@ -1,4 +1,4 @@
-"""Whether a compiled program can be written where the user wants it, asked before the long work."""
+"""Whether a file can be written where the user wants it, asked before the long work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,31 @@ def require_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: a compiled program's name ends in .pt2")
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; name a file in it")
+    _require_open_folder(path)
+
+
+def require_text_place(path: Path) -> None:
+    """Raise InputError unless text can be written at `path`: a file, new or old, or a device."""
+    if not path.exists():
+        _require_open_folder(path)
+        return
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e.strerror}; choose another file") from e
+
+
+def require_folder(path: Path) -> None:
+    """Make the folder `path` unless it is there. Raise InputError when no file can be written in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"cannot make the folder {path}: {e.strerror}; choose another") from e
+    _require_open_folder(path / "file")
+
+
+def _require_open_folder(path: Path) -> None:
     try:
         # Asked of the system by doing it: permission bits say nothing to root or on a read-only disk.
         with tempfile.NamedTemporaryFile(dir=path.parent):

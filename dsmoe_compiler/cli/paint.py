@@ -14,9 +14,11 @@ from dsmoe_compiler.report.story import tell
 WIDEST = 120  # a map wider than this is harder to read, not easier
 
 
-def console() -> Console:
-    """Where a command's answer goes. Lines are never wrapped or cut when stdout is not a terminal."""
-    return _Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+def console(stderr: bool = False) -> Console:
+    """Where a command's answer goes, or with `stderr` what it says beside it. Lines are never wrapped or cut
+    when that is no terminal.
+    """
+    return _Console(stderr=stderr, highlight=False, emoji=False, markup=False, soft_wrap=True)
 
 
 class _Console(Console):

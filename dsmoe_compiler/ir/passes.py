@@ -56,13 +56,30 @@ class LayerFacts:
         return self.spec is not None
 
 
+@dataclass(frozen=True)
+class Remark:
+    """One sentence for the report about a layer; with a refusal, it names what was left as it was, and the
+    refusal says why.
+    """
+
+    layer: str
+    text: str
+    refusal: Refusal | None = None
+
+    def __str__(self) -> str:
+        told = f"{self.layer}: {self.text}"
+        if self.refusal is None:
+            return told
+        return f"{told} ({self.refusal.code}: {self.refusal.because}; {self.refusal.source})"
+
+
 @dataclass
 class PassLog:
     """What a pass says while it runs: replacements, layers, remarks."""
 
     layers: dict[str, LayerFacts] = field(default_factory=dict)
     replacements: list[Replacement] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
 
     def replace(self, change: Replacement) -> None:
         """Let `change.new` stand for `change.old` wherever that is read."""
@@ -73,9 +90,9 @@ class PassLog:
         """Record or update a layer."""
         self.layers[facts.name] = facts
 
-    def remark(self, text: str) -> None:
-        """One sentence for the report: something the user may want to know, not a refusal."""
-        self.remarks.append(text)
+    def remark(self, layer: str, text: str, refusal: Refusal | None = None) -> None:
+        """Something the user may want to know of a layer that was not refused as a whole."""
+        self.remarks.append(Remark(layer, text, refusal))
 
 
 class Pass(Protocol):
