@@ -110,7 +110,7 @@ class _Reader:
                 raise self._error(f"the '{{' at character {opening.at + 1} is never closed")
             key = self._take("word", f"an option of {name} or '}}'").text
             if key not in known:
-                raise self._error(unknown(f"option of {name}", key, known))
+                raise self._error(f"{name}: {unknown('option', key, known)}")
             if key in given:
                 raise self._error(f"{name}: option {key!r} is given twice")
             given[key] = self._value(name, known[key])

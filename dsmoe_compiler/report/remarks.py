@@ -75,10 +75,10 @@ def _of_log(step: str, remark: Remark, layers: Mapping[str, LayerFacts]) -> Pass
     source = layers[remark.layer].source if remark.layer in layers else ""
     if remark.refusal is None:
         return PassRemark("analysis", step, remark.layer, remark.text, source)
-    return _missed(step, remark.layer, f"{remark.text}: ", remark.refusal, source)
+    return _missed(step, remark.layer, remark.text, remark.refusal, source)
 
 
 def _missed(step: str, layer: str, what: str, refusal: Refusal, source: str) -> PassRemark:
-    """The refusal's own line comes first, so it need not be said again."""
-    text = f"{what}{replace(refusal, source='')}"
+    """The refusal's line of source stands first in a remark, so it need not be said again."""
+    text = "; ".join(part for part in (str(replace(refusal, source="")), what) if part)
     return PassRemark("missed", step, layer, text, refusal.source or source)
