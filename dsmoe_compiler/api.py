@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +17,8 @@ from dsmoe_compiler import pipeline as passes
 from dsmoe_compiler.capture import Captured, CaptureMode
 from dsmoe_compiler.capture import capture as capture_model
 from dsmoe_compiler.functions import as_module
+from dsmoe_compiler.instrument import Instrument
+from dsmoe_compiler.interrupt import Deferred, forwards, poll
 from dsmoe_compiler.ir.errors import CaptureError, InputError, NotFused, Refusal
 from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.ir.passes import Pass
@@ -24,6 +27,7 @@ from dsmoe_compiler.program import Program, name_outputs
 from dsmoe_compiler.replay import replay
 from dsmoe_compiler.report.report import PassReport, Report
 from dsmoe_compiler.runtime.lower import BACKENDS, Backend, choose
+from dsmoe_compiler.turns import TURN
 
 Model = nn.Module | Callable[..., Any] | ExportedProgram
 
@@ -42,7 +46,7 @@ def compile(
     progress: Progress | None = None,
 ) -> Program:
     """Capture model(*args, **kwargs), fuse every Mixture-of-Experts layer that is understood, and lower the
-    result.
+    result. One thread does so at a time, others wait for their turn.
 
     Args:
         model: a module, any function over tensors, or an ExportedProgram. It is left as it was.
@@ -66,11 +70,12 @@ def compile(
     )
     steps = passes.steps_of(pipeline)
     request = _request(model, args, kwargs, dynamic_shapes, capture)
-    if request.on_meta():
-        raise InputError(
-            "the model is on the meta device and has no weights: use inspect, or load its weights"
-        )
-    program = _compiled(request, backend, steps, verify, progress)
+    with TURN, Deferred(request.forwards()):
+        if request.on_meta():
+            raise InputError(
+                "the model is on the meta device and has no weights: use inspect, or load its weights"
+            )
+        program = _compiled(request, backend, steps, verify, _polling(progress))
     if require_fused:
         _require_fused(program.report)
     return program
@@ -84,14 +89,17 @@ def inspect(
     dynamic_shapes: Any = "auto",
     capture: CaptureMode = "auto",
     progress: Progress | None = None,
+    instruments: Sequence[Instrument] = (),
 ) -> Report:
     """What compile would understand of the model: nothing is run, so it may live on the meta device.
 
-    Arguments and errors as for `compile`.
+    Arguments and errors as for `compile`; `instruments` watch the passes.
     """
     _check_choices(capture=(capture, get_args(CaptureMode)))
-    captured, first = _captured(_request(model, args, kwargs, dynamic_shapes, capture), False, progress)
-    outcome = passes.run(ProgramGraph(captured.exported), passes.DEFAULT, "off", progress)
+    request, stage = _request(model, args, kwargs, dynamic_shapes, capture), _polling(progress)
+    with TURN, Deferred(request.forwards()):
+        captured, first = _captured(request, False, stage)
+        outcome = passes.run(ProgramGraph(captured.exported), passes.DEFAULT, "off", stage, instruments)
     return Report(
         _name(model), captured.how, outcome.layers, (first, *outcome.passes), None, None, outcome.remarks
     )
@@ -118,6 +126,12 @@ class _Request:
             exact=exact,
         )
 
+    def forwards(self) -> frozenset[CodeType]:
+        """Code of the model's own that tracing and checking call."""
+        if isinstance(self.model, ExportedProgram):
+            return frozenset()
+        return forwards(as_module(self.model))
+
     def on_meta(self) -> bool:
         """Whether any tensor of the model has no storage."""
         state = (
@@ -135,6 +149,17 @@ class _Request:
             return self.model, (self.args, self.kwargs)
         example = (self.args, self.kwargs) if self.args or self.kwargs else self.model.example_inputs
         return None if example is None else (self.model.module(check_guards=False), example)
+
+
+def _polling(progress: Progress | None) -> Progress:
+    """The user's `progress`, and before it the chance to be interrupted between stages."""
+
+    def stage(name: str) -> None:
+        poll()
+        if progress:
+            progress(name)
+
+    return stage
 
 
 def _request(
