@@ -155,7 +155,7 @@ _Traced: TypeAlias = tuple[ExportedProgram, Structure, tuple[Assumption, ...]]
 
 
 def _traced_with_or_without_last(module: nn.Module, attempt: _Attempt) -> _Traced:
-    """Loops over hit experts go over every index; where there are fewer weights than that, all but the last."""
+    """Loops over hit experts go over every index; all but the last where there are fewer weights."""
     unrolling = Unrolling()
     try:
         return _traced(module, attempt, unrolling)

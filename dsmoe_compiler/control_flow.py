@@ -8,6 +8,7 @@ for an expert that has tokens, and what that takes for granted is written down a
     counts.tolist(), .cpu().numpy()      one symbolic size each                COUNTS
     if mask.any(): …                     the expert has tokens                 TOKENS
     if n == 0: continue                  the expert has tokens                 TOKENS
+    rows[start:end]                      0 <= start <= end <= len(rows)        WITHIN
     sizes that depend on data meet       they are equal, and none is 1         SIZES
     weights[e], e a class too many       no token selects the last class       SENTINEL
 
@@ -27,15 +28,18 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import sympy
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, SymT, symbol_is_type
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.weak import WeakIdKeyDictionary
+
+from dsmoe_compiler.ir.graph import depends_on_data
 
 Function: TypeAlias = Callable[..., Any]
 
@@ -43,11 +47,14 @@ VISITS = "every index is visited: for an expert without tokens the loop's body c
 COUNTS = "the numbers read from the tensor are counts: none is negative"
 TOKENS = "the branch is the one of an expert that has tokens; without tokens it changes nothing"
 SIZES = "sizes that depend on data are equal where they meet, and none is a single row to be broadcast"
+WITHIN = "slices by counts lie within what they slice, each end after its start"
 SENTINEL = "no token selects the last class"
 
 _OUR_FOLDER = str(Path(__file__).parent)
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
-_SIZE_OF_THE_UNKNOWN = 64  # an unbacked size where an inequality asks; sizes the caller chooses are far larger
+_SIZE_OF_THE_UNKNOWN = (
+    64  # an unbacked size where an inequality asks; sizes the caller chooses are far larger
+)
 _SIZE_OF_AN_INPUT = 2**20
 # Functions whose results follow from a known tensor: all that code does with a list of hit experts.
 _FOLLOWS = frozenset(
@@ -67,7 +74,7 @@ _SAME_NUMBERS = frozenset(
 
 @dataclass(frozen=True)
 class Assumption:
-    """What tracing took for granted (one of the sentences above), and the user's "file.py:123" it is about."""
+    """What tracing took for granted, one of the sentences above, and the user's "file.py:123" it is about."""
 
     text: str
     source: str
@@ -79,8 +86,8 @@ class Assumption:
 class Unrolling(TorchFunctionMode):
     """Enter it around the forward while torch.export traces; `assumed` then lists what it took for granted.
 
-    With `skip_last`, loops over hit indices leave out the last: the class of dropped tokens, for which a model
-    may have no weights.
+    With `skip_last`, loops over hit indices leave out the last: the class of dropped tokens, for which a
+    model may have no weights.
     """
 
     def __init__(self, skip_last: bool = False) -> None:
@@ -122,11 +129,17 @@ class Unrolling(TorchFunctionMode):
     ) -> tuple[Any] | None:
         """What to give instead of calling the function, as a tuple of one; None: call it."""
         match name:
+            case "view" | "reshape" if (sizes := _rows_regrouped(tensor, args[1:])) is not None:
+                self.assume(SIZES)
+                return (getattr(tensor, name)(sizes),)
             case "nonzero" | "where" if self._lists_indices(name, tensor, args, kwargs):
                 as_tuple = name == "where" or bool(kwargs.get("as_tuple"))
                 return (self._every_index(tensor, as_tuple),)
             case "bincount":
                 return self._static_bincount(tensor, args, kwargs)
+            case "__getitem__" if (bounds := _unknown_bounds(args[1])) is not None:
+                self.assume(WITHIN)
+                return (tensor.narrow(0, bounds[0], bounds[1] - bounds[0]),)
             case "one_hot":
                 return _symbolic_one_hot(tensor, args, kwargs)
             case "__format__" if (constant := _constant(tensor)) is not None and tensor.numel() == 1:
@@ -256,6 +269,25 @@ def _is_short_list(tensor: Tensor) -> bool:
     return vector and not tensor.is_floating_point() and _constant(tensor) is None
 
 
+def _unknown_bounds(index: Any) -> tuple[Any, Any] | None:
+    """(start, end) of a plain slice by numbers that depend on data."""
+    if not isinstance(index, slice) or index.step not in (None, 1) or index.stop is None:
+        return None
+    bounds = (0 if index.start is None else index.start, index.stop)
+    return bounds if any(depends_on_data(b) for b in bounds) else None
+
+
+def _rows_regrouped(tensor: Tensor, sizes: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The sizes of rows.view(T, K, -1), the rows' width for -1, where their number depends on data."""
+    sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    if tensor.dim() != 2 or not isinstance(tensor.shape[1], int) or not depends_on_data(tensor.shape[0]):
+        return None
+    counted = len(sizes) > 1 and not any(isinstance(s, int) and s == -1 for s in sizes[:-1])
+    if not counted or not isinstance(sizes[-1], int) or sizes[-1] != -1 or any(map(depends_on_data, sizes)):
+        return None
+    return (*sizes[:-1], tensor.shape[1])
+
+
 def _constant(tensor: Tensor) -> Tensor | None:
     """The values of a tensor that tracing knows, as torch records them."""
     return getattr(tensor, "constant", None)
@@ -266,7 +298,7 @@ def _symbolic_one_hot(tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     classes = kwargs.get("num_classes", args[1] if len(args) > 1 else -1)
     if not isinstance(classes, torch.SymInt):
         return None
-    return ((tensor.unsqueeze(-1) == torch.arange(classes, device=tensor.device)).to(torch.int64),)
+    return ((tensor.unsqueeze(-1) == torch.arange(cast(int, classes), device=tensor.device)).to(torch.int64),)
 
 
 def _user_line() -> str:
@@ -302,7 +334,7 @@ def sizes_assumed(environment: ShapeEnv, mode: Unrolling) -> Iterator[None]:
             mode.assume(text)
             return sympy.true if truth else sympy.false
 
-    environment.evaluate_expr = answer  # type: ignore[method-assign]
+    environment.evaluate_expr = answer  # type: ignore
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from dsmoe_compiler.ir import decompose, ops
-from dsmoe_compiler.ir.graph import ProgramGraph, is_tensor, shape
+from dsmoe_compiler.ir.graph import ProgramGraph, depends_on_data, is_tensor, shape
 from dsmoe_compiler.ir.passes import Replacement
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse
 from dsmoe_compiler.ir.stand_in import STAND_INS
@@ -111,7 +111,9 @@ def _between(inputs: tuple[Node, ...], results: tuple[Node, ...]) -> list[Node]:
 
 
 def _is_size(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+    """A number that follows from the sizes of the inputs; one that depends on data is computed."""
+    size = node.meta.get("val")
+    return isinstance(size, int) or (isinstance(size, torch.SymInt) and not depends_on_data(size))
 
 
 def _choose_sizes(region: list[Node]) -> Sizes:
@@ -144,7 +146,10 @@ def _sizes_of(node: Node) -> tuple[Any, ...]:
 
 
 def _symbols(size: int | torch.SymInt) -> list[sympy.Expr]:
-    return sorted(size.node.expr.free_symbols, key=str) if isinstance(size, torch.SymInt) else []
+    if not isinstance(size, torch.SymInt):
+        return []
+    # A size that depends on data is at most the number of pairs: here, no more than an input's size.
+    return sorted(size.node.expr.free_symbols, key=str)
 
 
 def _numel(node: Node, sizes: Sizes) -> int:

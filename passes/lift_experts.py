@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from dsmoe_compiler.ir import ops
 from dsmoe_compiler.ir.body import Step
@@ -28,15 +29,35 @@ from dsmoe_compiler.ir.graph import (
 )
 from dsmoe_compiler.ir.passes import LayerFacts, PassLog, Replacement
 from dsmoe_compiler.ir.spec import DTYPES, ExpertsSpec, MoESpec, to_text
-from dsmoe_compiler.passes.lift import combine, dense, gather, permutation, product, rowwise
+from dsmoe_compiler.passes.lift import (
+    accumulate,
+    combine,
+    dense,
+    gather,
+    one_expert,
+    permutation,
+    product,
+    rowwise,
+    segments,
+)
 from dsmoe_compiler.passes.lift.discover import Selection, find_selections, never_negative, selector_of
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven
-from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Pairs
+from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Pairs, PartialSum
 from dsmoe_compiler.passes.region import size_arguments
 
 _FLOATS = frozenset(getattr(torch, name) for name in DTYPES)
 # Where several rules know an operator, the first that answers is right: the particular before the general.
-_FAMILIES = (permutation.RULES, dense.RULES, gather.RULES, product.RULES, combine.RULES, rowwise.RULES)
+_FAMILIES = (
+    permutation.RULES,
+    dense.RULES,
+    one_expert.RULES,
+    segments.RULES,
+    accumulate.RULES,
+    gather.RULES,
+    product.RULES,
+    combine.RULES,
+    rowwise.RULES,
+)
 RULES: dict[str, tuple[Rule, ...]] = {
     name: tuple(rule for family in _FAMILIES for rule in family.get(name, ()))
     for name in dict.fromkeys(name for family in _FAMILIES for name in family)
@@ -64,7 +85,7 @@ class LiftExperts:
         order = {n: i for i, n in enumerate(graph.nodes)}
         selections = {s.selector: s for s in find_selections(graph)}
         lift = Lift(graph, RULES)
-        found_layers = lift.run()
+        found_layers = lift.run(accumulate.finished)
         standing, combined = dict[Node, Node](), set[Node | None]()
         for node, found in found_layers:
             layer = _Layer.of(lift, node, found, selections)
@@ -129,6 +150,8 @@ def _idiom(lift: Lift, node: Node, found: Combined) -> str:
     """The field's name for the spelling."""
     if isinstance(found.rows.domain, Everywhere):
         return "dense, weights zeroed"
+    if isinstance(lift.of(node), PartialSum):
+        return "loop over experts"
     stack, seen = [node], set[Node]()
     while stack:
         at = stack.pop()
@@ -141,6 +164,28 @@ def _idiom(lift: Lift, node: Node, found: Combined) -> str:
             return "gathered weights, batched GEMM"
         stack.extend(at.all_input_nodes)
     return "rows per pair"
+
+
+@dataclass(frozen=True)
+class _ExpertsTensor:
+    """A tensor with the experts first: a parameter, or the experts' own tensors one after the other."""
+
+    parts: tuple[Node, ...]
+    packed: bool
+
+    @property
+    def count(self) -> int:
+        if self.packed:
+            return len(self.parts)
+        experts = shape(self.parts[0])[0]
+        assert isinstance(experts, int)
+        return experts
+
+
+def _experts_tensor(lift: Lift, name: str) -> _ExpertsTensor:
+    if name in lift.packs:
+        return _ExpertsTensor(lift.packs[name], packed=True)
+    return _ExpertsTensor((lift.params[name],), packed=False)
 
 
 @dataclass(frozen=True)
@@ -160,18 +205,18 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
     """
     terms, term = lift.terms, found.rows.term
     tokens, pairs = terms.leaves(term, "token"), _sources(lift, found)
-    params = [lift.params[str(s.attrs[0])] for s in terms.leaves(term, "expert")]
+    params = [_experts_tensor(lift, str(s.attrs[0])) for s in terms.leaves(term, "expert")]
     if len(tokens) != 1:
         raise Unproven("R303", f"the experts read {len(tokens)} different inputs")
     if len(pairs) > 1:
         raise Unproven("R301", f"{len(pairs)} different routing weights meet in one layer")
     if isinstance(found.rows.domain, Everywhere):
         combine.require_sparse(lift, term)
-    if len({str(shape(p)[0]) for p in params}) != 1:
+    if len({p.count for p in params}) != 1:
         raise Unproven("R302", "the layer's weights are not all indexed by the same experts")
     x = lift.tokens[str(tokens[0].attrs[0])]
     x = standing.get(x, x)
-    experts, hidden, slots = shape(params[0])[0], shape(x)[-1], shape(ids)[-1] if len(shape(ids)) > 1 else 1
+    experts, hidden, slots = params[0].count, shape(x)[-1], shape(ids)[-1] if len(shape(ids)) > 1 else 1
     assert isinstance(experts, int) and isinstance(hidden, int) and isinstance(slots, int)
     if not same_size(shape(x)[0], _count(ids)):
         raise Unproven(
@@ -183,7 +228,7 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
     rename |= {s: Step("p", (), (i,)) for i, s in enumerate(terms.leaves(term, "expert"))}
     out = str(dtype(old)).removeprefix("torch.") if old is not node else None
     spec = ExpertsSpec(experts, hidden, terms.body(term, rename), out)
-    return _emit(lift, node, old, x, ids, pairs, params, spec, slots)
+    return _emit(lift, node, old, x, ids, pairs, params, spec, slots, found)
 
 
 def _count(ids: Node) -> Size:
@@ -202,9 +247,10 @@ def _emit(
     x: Node,
     ids: Node,
     pairs: list[PairSource],
-    params: list[Node],
+    params: list[_ExpertsTensor],
     spec: ExpertsSpec,
     slots: int,
+    found: Combined,
 ) -> _Inserted:
     graph = lift.graph.graph
     sizes = size_arguments(lift.graph, node)
@@ -213,17 +259,48 @@ def _emit(
     with graph.inserting_before(node):
         tokens = shape(x)[0]
         ids_TK, chosen = _as_pairs(lift, ids, tokens, slots)
-        experts = ids_TK if never_negative(ids) else _wrapped(lift, ids_TK, spec.count)
+        experts = ids_TK
+        if found.drops:
+            experts = _dropped_outside(lift, ids_TK, spec.count)
+        elif not never_negative(ids):
+            experts = _wrapped(lift, ids_TK, spec.count)
         weights, weighed = _weights(lift, pairs, ids_TK, tokens, slots, x)
-        new = graph.call_function(ops.EXPERTS, (x, experts, weights, params, to_text(spec)))
+        tensors = [_packed(lift, p, node) if p.packed else p.parts[0] for p in params]
+        new = graph.call_function(ops.EXPERTS, (x, experts, weights, tensors, to_text(spec)))
         new.meta = {k: v for k, v in old.meta.items() if k != "tensor_meta"}
         out = new
         if len(sizes) != 2:
             new.meta["val"] = value(old).reshape(tokens, shape(node)[-1])
             out = graph.call_function(aten.reshape.default, (new, sizes))
             out.meta = dict(old.meta)
-    inputs = (x, chosen) if weighed is None else (x, chosen, weighed)
+        if found.base is not None:
+            out = graph.call_function(aten.add.Tensor, (found.base, out))
+            out.meta = dict(old.meta)
+    inputs = tuple(n for n in (x, chosen, weighed, found.base) if n is not None)
     return _Inserted(old, out, new, inputs, spec, slots)
+
+
+def _packed(lift: Lift, tensor: _ExpertsTensor, near: Node) -> Node:
+    """The experts' own tensors as one."""
+    made = lift.graph.graph.call_function(ops.PACK, (list(tensor.parts),))
+    first = value(tensor.parts[0])
+    made.meta = {**near.meta, "val": first.new_empty((tensor.count, *first.shape))}
+    return made
+
+
+def _dropped_outside(lift: Lift, ids_TK: Node, experts: int) -> Node:
+    """Ids that no expert of a loop answers to, as the op's −1."""
+    graph = lift.graph.graph
+
+    def call(op: torch._ops.OpOverload, *args: Argument, like: torch.dtype) -> Node:
+        made = graph.call_function(op, args)
+        made.meta = {**ids_TK.meta, "val": value(ids_TK).to(like)}
+        return made
+
+    low = call(aten.ge.Scalar, ids_TK, 0, like=torch.bool)
+    high = call(aten.lt.Scalar, ids_TK, experts, like=torch.bool)
+    inside = call(aten.logical_and.default, low, high, like=torch.bool)
+    return call(aten.where.ScalarOther, inside, ids_TK, -1, like=dtype(ids_TK))
 
 
 def _wrapped(lift: Lift, ids_TK: Node, experts: int) -> Node:

@@ -41,6 +41,7 @@ OPERATORS: dict[str, Operator] = {
     "token": Operator(0, ("node",)),
     "pair": Operator(0, ("node",)),
     "expert": Operator(0, ("node",)),
+    "own": Operator(0, ("node",)),
     "linear": Operator(2),
     "matmul": Operator(2),
     "add": Operator(2, commutes=True),

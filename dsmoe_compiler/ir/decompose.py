@@ -27,6 +27,11 @@ def route(logits: Tensor, selection_bias: Tensor | None, spec: str) -> tuple[Ten
     return reference.route(logits, selection_bias, parse(spec, RouterSpec))
 
 
+def pack(parts: Sequence[Tensor]) -> Tensor:
+    """`dsmoe::pack` as a stack."""
+    return torch.stack(list(parts))
+
+
 def moe(
     x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], shared: Sequence[Tensor], spec: str
 ) -> Tensor:
@@ -58,4 +63,5 @@ DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., object]] = {
     ops.MOE: moe,
     ops.EXPERTS: experts,
     ops.ROUTE: route,
+    ops.PACK: pack,
 }

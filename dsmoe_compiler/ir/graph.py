@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 aten = torch.ops.aten
 Size: TypeAlias = int | torch.SymInt
@@ -74,6 +75,11 @@ class ProgramGraph:
         """The dotted name of the parameter, buffer or constant a placeholder stands for, else None."""
         return self._names.get(node.name) if isinstance(node, Node) and node.op == "placeholder" else None
 
+    def constant(self, node: Node) -> str | None:
+        """The name of the constant that capture lifted out of the code, if a placeholder stands for one."""
+        constants: Mapping[str, str] = self.exported.graph_signature.inputs_to_lifted_tensor_constants
+        return constants.get(node.name)
+
     def tensor(self, node: Node) -> Tensor:
         """The model's own tensor behind a placeholder. Raises KeyError when it stands for a user input."""
         name = self._names[node.name]
@@ -127,6 +133,12 @@ def dtype(node: Node) -> torch.dtype:
 def same_size(a: Size, b: Size) -> bool:
     """Whether two sizes are the same number or provably the same expression; never guards."""
     return str(_expression(a)) == str(_expression(b))
+
+
+def depends_on_data(size: object) -> bool:
+    """Whether a size was read from a tensor's values, rather than following from the inputs' sizes."""
+    symbols = size.node.expr.free_symbols if isinstance(size, torch.SymInt) else ()
+    return any(symbol_is_type(s, SymT.UNBACKED_INT) for s in symbols)
 
 
 def _expression(size: Size) -> object:

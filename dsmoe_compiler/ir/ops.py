@@ -1,14 +1,16 @@
-"""The three operators every pass produces and every backend lowers.
+"""The operators every pass produces and every backend lowers.
 
     dsmoe::route  (Tensor logits, Tensor? selection_bias, str spec) -> (Tensor weights, Tensor ids)
     dsmoe::experts(Tensor x, Tensor ids, Tensor weights, Tensor[] params, str spec) -> Tensor
     dsmoe::moe    (Tensor x, Tensor[] router, Tensor[] params, Tensor[] shared, str spec) -> Tensor
+    dsmoe::pack   (Tensor[] parts) -> Tensor
 
 x (T, D), logits (T, E), ids (T, K) integers with −1 for a dropped slot, weights (T, K); `params` are the
 experts' tensors, E first, in the model's own layout. `router` is the logits' weight (E, D), then its bias
 where the spec has one, then the selection bias where the spec has one. `spec` is the canonical line of an
-ExpertsSpec, RouterSpec or MoESpec. Called directly, the operators run the reference; gradients flow through
-the same maths.
+ExpertsSpec, RouterSpec or MoESpec. `pack` is the experts' own tensors as
+one with the experts first. Called directly, the operators run the reference; gradients flow through the
+same maths.
 """
 
 from __future__ import annotations
@@ -50,6 +52,10 @@ def _fake_moe(
     weights, ids = reference.route_tokens(x, router, layer)
     out = _fake_experts(x, ids, weights, params, to_text(layer.experts))
     return out + reference.shared_experts(x, shared, layer.shared) if layer.shared else out
+
+
+def _pack(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts))
 
 
 def _differentiable(name: str, forward: Callable[..., Any]) -> None:
@@ -109,7 +115,9 @@ _define(
     _moe,
     _fake_moe,
 )
+_define("dsmoe::pack", "(Tensor[] parts) -> Tensor", _pack, _pack)
 
 MOE: torch._ops.OpOverload = torch.ops.dsmoe.moe.default
 EXPERTS: torch._ops.OpOverload = torch.ops.dsmoe.experts.default
 ROUTE: torch._ops.OpOverload = torch.ops.dsmoe.route.default
+PACK: torch._ops.OpOverload = torch.ops.dsmoe.pack.default

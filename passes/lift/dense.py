@@ -14,16 +14,9 @@ from __future__ import annotations
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import aten, is_tensor, same_size, shape, value
-from dsmoe_compiler.passes.lift.state import (
-    Lift,
-    PairSource,
-    Rule,
-    Unproven,
-    argument,
-    operator_name,
-    uncast_rows,
-)
-from dsmoe_compiler.passes.lift.values import Everywhere, Filled, OneHot, Rows, Value
+from dsmoe_compiler.passes.lift.discover import require_distinct
+from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, argument, operator_name
+from dsmoe_compiler.passes.lift.values import Everywhere, Filled, MultiHot, OneHot, Rows, Value
 
 
 def scatter(lift: Lift, node: Node) -> Value | None:
@@ -35,8 +28,10 @@ def scatter(lift: Lift, node: Node) -> Value | None:
         return None
     experts = shape(node)[1]
     assert isinstance(ids, Node)
-    if not isinstance(experts, int) or lift.of(ids) is not None or not value(node).is_floating_point():
+    if not isinstance(experts, int) or lift.of(ids) is not None:
         return None
+    if not value(node).is_floating_point():
+        return MultiHot(ids, experts) if base.number == 0 and written == 1 else None
     if isinstance(written, Node):
         if not is_tensor(written) or not lift.opaque(written) or not _same_shape(written, ids):
             return None
@@ -45,15 +40,23 @@ def scatter(lift: Lift, node: Node) -> Value | None:
         source = PairSource(node, ids, matrix=True, mask=True, fill=0.0)
     else:
         return None
-    _require_distinct(ids)
+    require_distinct(ids)
     return Rows(Everywhere(experts, 1), lift.pair(source), 2, ())
 
 
 def one_hot(lift: Lift, node: Node) -> Value | None:
-    """one_hot(ids (T, K), E)."""
+    """one_hot(ids, E), of ids (T, K), of the flat pairs, or of one id a token."""
     ids, experts = node.args[0], argument(node, "num_classes")
     assert isinstance(ids, Node)
-    return OneHot(ids, experts) if len(shape(ids)) == 2 and isinstance(experts, int) and experts > 0 else None
+    if not isinstance(experts, int) or experts <= 0 or len(shape(ids)) > 2:
+        return None
+    if len(shape(ids)) == 2:
+        root = lift.ids_root(ids)
+        return OneHot(root[0] if root and _same_shape(root[0], ids) else ids, experts)
+    root = lift.ids_root(ids)
+    if root is None:
+        return None
+    return OneHot(root[0], experts, None, "TE" if len(shape(root[0])) == 1 else "PE")
 
 
 def weigh_one_hot(lift: Lift, node: Node) -> Value | None:
@@ -61,6 +64,8 @@ def weigh_one_hot(lift: Lift, node: Node) -> Value | None:
     for hot_at, weight_at in ((0, 1), (1, 0)):
         hot, weight = lift.of(node.args[hot_at]), node.args[weight_at]
         if not isinstance(hot, OneHot) or hot.weight is not None or not isinstance(weight, Node):
+            continue
+        if hot.axes != "TKE":
             continue
         if weight.target is not aten.unsqueeze.default or not lift.opaque(weight.args[0]):
             continue
@@ -78,7 +83,7 @@ def sum_one_hot(lift: Lift, node: Node) -> Value | None:
         return None
     if [d % 3 for d in argument(node, "dim") or []] != [1] or argument(node, "dtype") is not None:
         return None
-    _require_distinct(hot.ids)
+    require_distinct(hot.ids)
     leaf = lift.pair(PairSource(hot.weight, hot.ids, fill=0.0))
     return Rows(Everywhere(hot.experts, 1), leaf, 2, ())
 
@@ -131,19 +136,6 @@ def _scales(lift: Lift, other: Node, node: Node, divides: bool) -> bool:
 
 def _same_shape(a: Node, b: Node) -> bool:
     return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
-
-
-def _require_distinct(ids: Node) -> None:
-    """The ids of a token differ: they are the indices of a top-k along them, or there is one."""
-    if same_size(shape(ids)[-1], 1):
-        return
-    picked = uncast_rows(ids)
-    top = picked.args[0] if operator_name(picked) == "getitem" else None
-    along = isinstance(top, Node) and operator_name(top) == "aten::topk" and picked.args[1] == 1
-    if not along or argument(top, "dim") not in (-1, len(shape(picked)) - 1):  # type: ignore[arg-type]
-        raise Unproven(
-            "R404", "the ids written into the dense weights may repeat within a token: they are no top-k"
-        )
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

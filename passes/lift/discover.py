@@ -17,11 +17,12 @@ from dsmoe_compiler.ir.graph import (
     ProgramGraph,
     common_module,
     is_tensor,
+    same_size,
     shape,
     source,
     value,
 )
-from dsmoe_compiler.passes.lift.state import argument, operator_name
+from dsmoe_compiler.passes.lift.state import Unproven, argument, operator_name, uncast_rows
 
 _PICKS = frozenset(
     {"aten::index", "aten::index_select", "aten::embedding", "aten::index_add", "aten::index_put"}
@@ -113,6 +114,31 @@ def never_negative(ids: Node) -> bool:
             return False
         ids = below
     return False
+
+
+def require_distinct(ids: Node) -> None:
+    """The ids of a token differ: they are the indices of a top-k along them, or there is one.
+
+    Raises Unproven.
+    """
+    if len(shape(ids)) == 1 or same_size(shape(ids)[-1], 1):
+        return
+    picked = uncast_rows(ids)
+    top = picked.args[0] if operator_name(picked) == "getitem" else None
+    along = isinstance(top, Node) and operator_name(top) == "aten::topk" and picked.args[1] == 1
+    if not along or argument(top, "dim") not in (-1, len(shape(picked)) - 1):  # type: ignore[arg-type]
+        raise Unproven("R404", "the ids may repeat within a token: they are no top-k")
+
+
+def selected_from(ids: Node) -> int | None:
+    """How many experts the ids choose from: the width of what top-k or argmax looks at along the ids."""
+    selector = selector_of(ids)
+    if selector is None:
+        return None
+    scores, dim = selector.args[0], argument(selector, "dim", -1)
+    assert isinstance(scores, Node)
+    width = shape(scores)[-1] if dim in (-1, len(shape(scores)) - 1) else None
+    return width if isinstance(width, int) else None
 
 
 def _routing_flow(graph: ProgramGraph) -> nx.DiGraph[Node]:

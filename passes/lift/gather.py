@@ -16,6 +16,7 @@ from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, 
 from dsmoe_compiler.passes.lift.values import (
     Everywhere,
     InversePermutation,
+    OneExpert,
     Pairs,
     Permutation,
     Rows,
@@ -95,7 +96,7 @@ def _permuted_weights(lift: Lift, source: Node, position: Permutation) -> Value 
     return Rows(position.domain, lift.pair(PairSource(source)), 1, _static(shape(source)[1:]))
 
 
-def is_pair_shaped(node: Node, domain: Pairs) -> bool:
+def is_pair_shaped(node: Node, domain: Pairs | OneExpert) -> bool:
     """Whether a value holds one number a pair: shaped as the ids or flattened, perhaps with a final 1."""
     if domain.ids is None or not value(node).is_floating_point():
         return False

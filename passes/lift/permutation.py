@@ -42,6 +42,8 @@ def sort(lift: Lift, node: Node) -> Value | None:
     assert isinstance(ids, Node)
     only_indices = "argsort" in str(node.target)
     if isinstance(inner := lift.of(ids), Permutation):
+        if not isinstance(inner.domain, Pairs):
+            return None
         if argument(node, "descending"):
             raise Unproven("R402", "the inverse permutation is sorted in descending order, back to front")
         inverse = InversePermutation(inner.domain)
@@ -147,18 +149,23 @@ def invert(lift: Lift, node: Node) -> Value | None:
     position, content = lift.of(at), lift.of(written)
     if not isinstance(position, Permutation) or not isinstance(lift.of(node.args[0]), (Scratch, Filled)):
         return None
-    if content is None or not (_as_long(at, written) and _as_long(at, node)):
+    if not isinstance(position.domain, Pairs) or not _every_pair(lift, node, at):
         return None
-    if isinstance(content, Range):
+    if isinstance(content, Range) and _every_pair(lift, written, at):
         return InversePermutation(position.domain)
     if isinstance(content, Rows) and content.lead == 1 and content.domain == position.domain:
         return content.like(content.term, domain=Pairs(position.domain.ids, position.domain.slots))
     return None
 
 
-def _as_long(a: object, b: object) -> bool:
-    assert isinstance(a, Node) and isinstance(b, Node)
-    return same_size(shape(a)[0], shape(b)[0])
+def _every_pair(lift: Lift, written: object, at: object) -> bool:
+    """Whether a tensor has a row for every entry of the permutation: by size, or as the sum of all counts."""
+    assert isinstance(written, Node) and isinstance(at, Node)
+    if same_size(shape(written)[0], shape(at)[0]):
+        return True
+    found = lift.of(at)
+    assert isinstance(found, Permutation) and found.domain.ids is not None
+    return lift.counts_every_pair(shape(written)[0], found.domain.ids)
 
 
 def scratch(lift: Lift, node: Node) -> Value | None:

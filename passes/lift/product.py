@@ -3,6 +3,7 @@
 grouped_mm(rows, P, offsets)       sorted rows, each with its expert's matrix
 bmm(P[ids], row columns)           pairs in their own order, each with its gathered matrix
 bmm(rows (E, T, D), P)             every token with every expert's matrix
+linear(rows of expert e, P[e], b)   one expert's rows with its own matrix
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape
 from dsmoe_compiler.passes.lift.gather import tokens_everywhere
-from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument
-from dsmoe_compiler.passes.lift.values import Everywhere, Offsets, Pairs, Rows, Value
+from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
+from dsmoe_compiler.passes.lift.values import Everywhere, Offsets, OneExpert, Pairs, Rows, Value
 
 
 def grouped(lift: Lift, node: Node) -> Value | None:
@@ -84,6 +85,53 @@ def _gathered(lift: Lift, matrix: Rows, rows: Rows, *, column: bool) -> Rows | N
     return Rows(domain, term, rows.lead, (out, 1) if column else (1, out))
 
 
+def own_linear(lift: Lift, node: Node) -> Value | None:
+    """linear(rows, P[e], b[e]), rows @ P[e], addmm(b[e], rows, P[e]): one expert's rows with its tensors."""
+    match operator_name(node), node.args:
+        case "aten::linear", (source, weight, *rest):
+            bias = rest[0] if rest else argument(node, "bias")
+        case (("aten::matmul" | "aten::mm"), (source, weight)):
+            bias = None
+        case "aten::addmm", (bias, source, weight) if not node.kwargs:
+            pass
+        case _:
+            return None
+    rows = lift.rows(source)
+    if rows is None or not isinstance(rows.domain, OneExpert) or (rows.lead, len(rows.trail)) != (1, 1):
+        return None
+    found = lift.own_parameter(weight, rows.domain.expert)
+    if found is None or len(found[1]) != 2:
+        return None
+    leaf, sizes, flipped = found
+    transposed = operator_name(node) == "aten::linear"
+    op = "linear" if transposed != flipped else "matmul"
+    term = lift.terms.number(op, (rows.term, leaf))
+    width = sizes[(0 if transposed else 1) ^ flipped]
+    if bias is not None:
+        vector = lift.own_parameter(bias, rows.domain.expert)
+        if vector is None or vector[1] != (width,):
+            return None
+        term = lift.terms.number("add", (term, vector[0]))
+    return rows.like(term, (width,))
+
+
+def own_vector(lift: Lift, node: Node) -> Value | None:
+    """rows + b[e], rows * s[e]: one expert's rows with a vector of its own."""
+    op = _VECTORS[operator_name(node)]
+    if argument(node, "alpha", 1) != 1 or argument(node, "rounding_mode"):
+        return None
+    for rows_at, vector_at in ((0, 1), (1, 0)):
+        rows, vector = lift.rows(node.args[rows_at]), node.args[vector_at]
+        if rows is None or not isinstance(rows.domain, OneExpert) or not is_tensor(vector):
+            continue
+        found = lift.own_parameter(vector, rows.domain.expert)
+        if found is None or found[1] != rows.trail or rows.lead != 1:
+            continue
+        operands = (rows.term, found[0]) if rows_at == 0 else (found[0], rows.term)
+        return rows.like(lift.terms.number(op, operands))
+    return None
+
+
 def einsum(lift: Lift, node: Node) -> Value | None:
     """einsum of every token with every expert's matrix: "td,edf->etf", "etf,efd->etd", "…->te…" likewise."""
     operands = argument(node, "tensors")
@@ -150,11 +198,18 @@ def _beside(bias: Node, axis: int) -> Node | None:
     return bias if axis == 1 and is_tensor(bias) and len(shape(bias)) == 2 else None
 
 
+_VECTORS = {"aten::add": "add", "aten::sub": "sub", "aten::mul": "mul", "aten::div": "div"}
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::_grouped_mm": (grouped,),
     "transformers::grouped_mm_fallback": (grouped,),
     "aten::bmm": (batched,),
-    "aten::matmul": (batched,),
+    "aten::linear": (own_linear,),
+    "aten::mm": (own_linear,),
+    "aten::addmm": (own_linear,),
+    "aten::matmul": (own_linear, batched),
     "aten::einsum": (einsum,),
-    "aten::add": (expert_bias,),
+    "aten::add": (expert_bias, own_vector),
+    "aten::sub": (own_vector,),
+    "aten::mul": (own_vector,),
+    "aten::div": (own_vector,),
 }

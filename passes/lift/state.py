@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, TypeAlias
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -22,8 +23,9 @@ from dsmoe_compiler.ir.graph import (
     mutated_argument,
     same_size,
     shape,
+    value,
 )
-from dsmoe_compiler.passes.lift.values import Combined, Pairs, Rows, Value
+from dsmoe_compiler.passes.lift.values import Combined, OneExpert, Pairs, PartialSum, Rows, Value
 
 Rule: TypeAlias = Callable[["Lift", Node], Value | None]
 
@@ -50,6 +52,13 @@ class Lost:
     because: str
 
 
+_KEEP_CONSTANT = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("select", "squeeze", "view", "reshape", "unsqueeze", "lift_fresh_copy", "lift_fresh", "detach"),
+        *("detach_", "to", "_to_copy", "clone"),
+    )
+)
 # Types of integers that hold any expert's number; a cast to one of the others may change it.
 _WIDE = frozenset({torch.int16, torch.int32, torch.int64})
 
@@ -70,7 +79,11 @@ class PairSource:
 
 @dataclass
 class Lift:
-    """One walk over one graph: meanings by node, terms, sources of weights, losses."""
+    """One walk over one graph: meanings by node, terms, sources of weights, losses.
+
+    `own` holds the tensors of single experts, `packs` those that became one over all experts; `sizes` says of
+    a symbol that a count was read into which counts it sums, `counted` of which ids and how many experts.
+    """
 
     graph: ProgramGraph
     rules: Mapping[str, tuple[Rule, ...]]
@@ -79,20 +92,36 @@ class Lift:
     sources: dict[str, PairSource] = field(default_factory=dict)
     tokens: dict[str, Node] = field(default_factory=dict)
     params: dict[str, Node] = field(default_factory=dict)
+    own: dict[str, Node] = field(default_factory=dict)
+    packs: dict[str, tuple[Node, ...]] = field(default_factory=dict)
+    sizes: dict[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
+    counted: dict[Node, int] = field(default_factory=dict)
     losses: list[Lost] = field(default_factory=list)
     overwritten: set[Node] = field(default_factory=set)
 
-    def run(self) -> list[tuple[Node, Combined]]:
-        """Walk once, forward; returns every place where rows became tokens."""
+    def run(self, finish: Callable[[Lift, Node, PartialSum], Combined]) -> list[tuple[Node, Combined]]:
+        """Walk once, forward; returns every place where rows became tokens.
+
+        `finish` says what a sum over visited experts means where nothing more is added to it.
+        """
         nodes = self.graph.nodes
         self.overwritten = {alias_root(m) for n in nodes if (m := mutated_argument(n)) is not None}
-        combined = []
         for node in nodes:
             if node.op == "call_function" and (found := self._interpret(node)) is not None:
                 self.meaning[node] = found
-                if isinstance(found, Combined):
-                    combined.append((node, found))
+        combined = []
+        for node, found in self.meaning.items():
+            if isinstance(found, PartialSum) and not any(self._adds_to(u, node) for u in node.users):
+                try:
+                    found = finish(self, node, found)
+                except Unproven as e:
+                    self._lose(node, e.code, e.because)
+            if isinstance(found, Combined):
+                combined.append((node, found))
         return combined
+
+    def _adds_to(self, user: Node, node: Node) -> bool:
+        return user.args[0] is node and isinstance(self.meaning.get(user), PartialSum)
 
     def _interpret(self, node: Node) -> Value | None:
         known = [v for a in node.all_input_nodes if (v := self.meaning.get(a)) is not None]
@@ -114,7 +143,7 @@ class Lift:
         return None
 
     def _has_weights(self, rows: Rows) -> bool:
-        return bool(self.terms.leaves(rows.term, "expert"))
+        return bool(self.terms.leaves(rows.term, "expert") or self.terms.leaves(rows.term, "own"))
 
     def _lose(self, node: Node, code: str, because: str) -> None:
         ids = next((i for a in node.all_input_nodes if (i := self.ids_of(a)) is not None), None)
@@ -124,18 +153,13 @@ class Lift:
         """The ids behind a node's meaning, where it has one that knows them."""
         found = self.meaning.get(node)
         domain = getattr(found, "domain", None)
-        ids = domain.ids if isinstance(domain, Pairs) else getattr(found, "ids", None)
+        ids = domain.ids if isinstance(domain, (Pairs, OneExpert)) else getattr(found, "ids", None)
         return ids if isinstance(ids, Node) else None
 
     def describe(self, node: Node) -> str:
         """The rows among a node's arguments, in words."""
         rows = [v for a in node.all_input_nodes if isinstance(v := self.meaning.get(a), Rows)]
-        where = {True: "pairs in their own order", False: "pairs sorted by expert"}
-        names = [
-            where[v.domain.order is None] if isinstance(v.domain, Pairs) else "every token for every expert"
-            for v in rows
-        ]
-        return " and ".join(dict.fromkeys(names)) or "these values"
+        return " and ".join(dict.fromkeys(v.domain.words for v in rows)) or "these values"
 
     # -- what rules ask --------------------------------------------------------------------------------------
 
@@ -155,7 +179,7 @@ class Lift:
         """
         if not isinstance(node, Node) or not is_tensor(node) or self.expert_parameter(node) is not None:
             return False
-        if not isinstance(self.of(node), (Combined, NoneType)):
+        if not isinstance(self.of(node), (Combined, PartialSum, NoneType)):
             return False
         self._require_unwritten(node)
         return True
@@ -197,6 +221,79 @@ class Lift:
             return (node, flipped) if len(shape(node)) >= 2 else None
         return None
 
+    def pack(self, parts: tuple[Node, ...]) -> int:
+        """The leaf P[expert], P being the experts' own tensors, one after the other."""
+        name = next((n for n, known in self.packs.items() if known == parts), f"pack {len(self.packs)}")
+        self.packs[name] = parts
+        return self.terms.number("expert", (), (name,))
+
+    def own_parameter(self, node: object, expert: int) -> tuple[int, tuple[int, ...], bool] | None:
+        """(leaf, shape, whether its two dimensions are swapped) of one expert's tensor: a parameter of its
+        own, or its entry of a stacked one. None where it is neither.
+
+        Raises Unproven where it is the entry of another expert.
+        """
+        flipped = False
+        while isinstance(node, Node) and node.op == "call_function":
+            if not node.args or not is_tensor(node.args[0]):
+                return None
+            if node.target in COPIES:
+                node = node.args[0]
+            elif is_tensor(node) and len(shape(node)) == 2 and _swaps_last_two(node):
+                flipped, node = not flipped, node.args[0]
+            else:
+                break
+        if not isinstance(node, Node) or not is_tensor(node) or not value(node).is_floating_point():
+            return None
+        sizes = shape(node)
+        if not 1 <= len(sizes) <= 2 or not all(isinstance(s, int) for s in sizes):
+            return None
+        static = tuple(int(s) for s in sizes)
+        if self.graph.parameter(node) is not None:
+            self._require_unwritten(node)
+            self.own[node.name] = node
+            return self.terms.number("own", (), (node.name,)), static, flipped
+        return self._entry(node, expert, static, flipped)
+
+    def _entry(
+        self, node: Node, expert: int, sizes: tuple[int, ...], flipped: bool
+    ) -> tuple[int, tuple[int, ...], bool] | None:
+        if operator_name(node) != "aten::select" or argument(node, "dim") != 0:
+            return None
+        stacked = self.expert_parameter(node.args[0])
+        if stacked is None:
+            return None
+        parameter, swapped = stacked
+        chosen = argument(node, "index") % int(shape(parameter)[0])
+        if chosen != expert:
+            raise Unproven("R302", f"the rows of expert {expert} meet the weights of expert {chosen}")
+        return self.expert(parameter), sizes, flipped != (swapped and len(sizes) == 2)
+
+    def constant(self, node: object) -> int | None:
+        """An integer the graph holds, as a number or as a constant tensor of one element."""
+        if isinstance(node, int) and not isinstance(node, bool):
+            return node
+        while isinstance(node, Node) and node.op == "call_function":
+            if operator_name(node) not in _KEEP_CONSTANT or not is_tensor(node) or value(node).numel() != 1:
+                return None
+            node = node.args[0]
+        if not isinstance(node, Node) or self.graph.constant(node) is None:
+            return None
+        tensor = self.graph.tensor(node)
+        return int(tensor) if tensor.numel() == 1 and tensor.dtype in _WIDE and not tensor.is_meta else None
+
+    def extent(self, size: object) -> sympy.Expr:
+        """A size as an expression in counts of experts' pairs where it was read from such."""
+        found = value(size) if isinstance(size, Node) else size
+        if isinstance(found, torch.SymInt):
+            return found.node.expr.xreplace(self.sizes)
+        return sympy.Integer(found)
+
+    def counts_every_pair(self, size: object, ids: Node) -> bool:
+        """Whether a size is the sum of how many pairs chose each expert."""
+        experts = range(self.counted.get(ids, 0))
+        return bool(self.extent(size) == sympy.Add(*(count_of(ids, e) for e in experts))) and bool(experts)
+
     def ids_root(self, node: Node) -> tuple[Node, int] | None:
         """(ids (…, K), K) under integers of any shape; K is the static size of the ids' last dimension."""
         if not _holds_ids(node) or self.of(node) is not None:
@@ -213,6 +310,11 @@ class Lift:
         sizes = shape(node)
         slots = sizes[-1] if len(sizes) > 1 else 1
         return (node, slots) if isinstance(slots, int) else None
+
+
+def count_of(ids: Node, expert: int) -> sympy.Symbol:
+    """The symbol for how many pairs of `ids` chose an expert."""
+    return sympy.Symbol(f"count({ids.name},{expert})", integer=True, nonnegative=True)
 
 
 def row_base(node: Node) -> Node:

@@ -6,6 +6,7 @@ says which rows there are:
     Pairs(ids, K, order=None)   the T·K (token, slot) pairs in their own order
     Pairs(ids, K, order=%sort)  the same pairs, sorted by expert
     Everywhere(E, axis)         every token for every expert, experts on dimension `axis` of (E, T)
+    OneExpert(ids, K, e, order) the pairs that chose expert e, in one of the orders in which code lists them
 
 Letters: T tokens, K ids per token, E experts.
 """
@@ -26,6 +27,11 @@ class Pairs:
     slots: int
     order: Node | None = None
 
+    @property
+    def words(self) -> str:
+        """For a reader."""
+        return "pairs in their own order" if self.order is None else "pairs sorted by expert"
+
     def meet(self, other: Domain) -> Pairs | None:
         """The same rows said with all that either knows, or None when they are not the same rows."""
         if not isinstance(other, Pairs) or (self.slots, self.order) != (other.slots, other.order):
@@ -42,12 +48,40 @@ class Everywhere:
     experts: int
     axis: int = 0
 
+    @property
+    def words(self) -> str:
+        """For a reader."""
+        return "every token for every expert"
+
     def meet(self, other: Domain) -> Everywhere | None:
         """The same rows, or None."""
         return self if self == other else None
 
 
-Domain: TypeAlias = Pairs | Everywhere
+@dataclass(frozen=True)
+class OneExpert:
+    """The pairs of `ids` that chose one expert.
+
+    `order` says how they are listed: "token" by token (then slot), "slot" by slot (then token), or as the
+    sort that is a node lists them.
+    """
+
+    ids: Node
+    slots: int
+    expert: int
+    order: Node | str
+
+    @property
+    def words(self) -> str:
+        """For a reader."""
+        return f"the rows of expert {self.expert}"
+
+    def meet(self, other: Domain) -> OneExpert | None:
+        """The same rows, or None."""
+        return self if self == other else None
+
+
+Domain: TypeAlias = Pairs | Everywhere | OneExpert
 
 
 @dataclass(frozen=True)
@@ -97,9 +131,9 @@ class SortedIds:
 
 @dataclass(frozen=True)
 class Permutation:
-    """Of each row of `domain` (sorted), the pair it is."""
+    """Of each row of `domain` (sorted, or one expert's), the pair it is."""
 
-    domain: Pairs
+    domain: Pairs | OneExpert
 
 
 @dataclass(frozen=True)
@@ -113,7 +147,14 @@ class InversePermutation:
 class TokenOf:
     """The token of each row."""
 
-    domain: Pairs
+    domain: Pairs | OneExpert
+
+
+@dataclass(frozen=True)
+class SlotOf:
+    """The slot of each row."""
+
+    domain: OneExpert
 
 
 @dataclass(frozen=True)
@@ -134,11 +175,74 @@ class Offsets:
 
 @dataclass(frozen=True)
 class OneHot:
-    """(T, K, E): 1 (or the pair's weight, a (T, K) value) where slot k of token t chose expert e."""
+    """1 (or the pair's weight, a (T, K) value) where a pair chose an expert.
+
+    `axes` names the dimensions: T tokens, K slots, P pairs, E experts.
+    """
 
     ids: Node
     experts: int
     weight: Node | None = None
+    axes: str = "TKE"
+
+
+@dataclass(frozen=True)
+class MultiHot:
+    """(T, E): 1 where any slot of the token chose the expert; integers."""
+
+    ids: Node
+    experts: int
+
+
+@dataclass(frozen=True)
+class Mask:
+    """True (or 1) where a pair chose one expert; `axes` names the dimensions, "T" says that any slot did."""
+
+    ids: Node
+    slots: int
+    expert: int
+    axes: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number a token, which is `term` of the pair where the token chose the expert."""
+
+    domain: OneExpert
+    term: int
+    trail: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class MaskedWeights:
+    """(T, K): the pairs' weights where they chose one expert, 0 elsewhere."""
+
+    domain: OneExpert
+    term: int
+
+
+@dataclass(frozen=True)
+class PartialSum:
+    """(T, D): `base` (nothing if None) plus each token's rows of the experts added so far.
+
+    `terms` are (expert, term), in the order they were added.
+    """
+
+    ids: Node
+    slots: int
+    terms: tuple[tuple[int, int], ...]
+    width: int
+    base: Node | None = None
+
+
+@dataclass(frozen=True)
+class PartialRows:
+    """The pairs in their own order, the rows of the experts met so far written; `terms` as in PartialSum."""
+
+    ids: Node
+    slots: int
+    terms: tuple[tuple[int, int], ...]
+    trail: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -160,9 +264,14 @@ class Range:
 
 @dataclass(frozen=True)
 class Combined:
-    """Rows have become tokens: out[t] = Σ over the token's rows of `term`."""
+    """Rows have become tokens: out[t] = base[t] + Σ over the token's rows of `term`.
+
+    With `drops`, ids outside the experts' range contribute nothing; else they are as an index takes them.
+    """
 
     rows: Rows
+    base: Node | None = None
+    drops: bool = False
 
 
 Value: TypeAlias = (
@@ -172,9 +281,16 @@ Value: TypeAlias = (
     | Permutation
     | InversePermutation
     | TokenOf
+    | SlotOf
     | Counts
     | Offsets
     | OneHot
+    | MultiHot
+    | Mask
+    | Column
+    | MaskedWeights
+    | PartialSum
+    | PartialRows
     | Filled
     | Scratch
     | Range

@@ -1,0 +1,70 @@
+"""One term over an expert index from the terms of separate experts.
+
+A loop's bodies, unrolled, differ in their weights alone. Walking the terms of all experts at once, each
+place must hold the same operator everywhere; where they hold tensors of their own, these become one tensor
+with the experts first, made of the parts in the experts' order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from dsmoe_compiler.ir.body import Step
+from dsmoe_compiler.ir.graph import dtype, shape
+from dsmoe_compiler.passes.lift.state import Lift, Unproven
+
+
+def reroll(lift: Lift, found: Sequence[tuple[int, int]]) -> int:
+    """The term of any expert, from (expert, its term) of all of them.
+
+    Raises Unproven where the experts are not 0, 1, 2, … each once, or do not compute the same.
+    """
+    experts = sorted(e for e, _ in found)
+    if experts != list(range(len(experts))):
+        missing = next(e for e in range(experts[-1] + 1) if e not in experts)
+        raise Unproven("R302", f"expert {missing} is left out of a loop that visits expert {experts[-1]}")
+    return _Walk(lift).same(tuple(term for _, term in sorted(found)))
+
+
+class _Walk:
+    def __init__(self, lift: Lift) -> None:
+        self.lift, self.done = lift, dict[tuple[int, ...], int]()
+
+    def same(self, terms: tuple[int, ...]) -> int:
+        if terms not in self.done:
+            self.done[terms] = self._same(terms)
+        return self.done[terms]
+
+    def _same(self, terms: tuple[int, ...]) -> int:
+        table = self.lift.terms
+        steps = [table.steps[t] for t in terms]
+        first = steps[0]
+        if first.op == "own" and all(s.op == "own" for s in steps):
+            return self._packed([str(s.attrs[0]) for s in steps])
+        for e, step in enumerate(steps[1:], 1):
+            if (step.op, step.attrs) != (first.op, first.attrs):
+                raise Unproven("R302", f"expert {e} computes {_words(step)}, expert 0 {_words(first)}")
+        if not first.args:
+            return terms[0]
+        args = tuple(self.same(tuple(s.args[i] for s in steps)) for i in range(len(first.args)))
+        return table.number(first.op, args, first.attrs)
+
+    def _packed(self, names: list[str]) -> int:
+        parts = tuple(self.lift.own[name] for name in names)
+        for e, part in enumerate(parts):
+            if (shape(part), dtype(part)) != (shape(parts[0]), dtype(parts[0])):
+                kinds = f"a weight of expert {e} is {_kind(part)}, of expert 0 {_kind(parts[0])}"
+                raise Unproven("R302", kinds)
+        return self.lift.pack(parts)
+
+
+def _words(step: Step) -> str:
+    names = {"token": "reads %", "pair": "weighs by %", "expert": "uses @", "own": "uses @"}
+    return f"{names[step.op]}{step.attrs[0]}" if step.op in names else f"{step.op}{step.attrs or ''}"
+
+
+def _kind(node: Node) -> str:
+    sizes = "x".join(str(s) for s in shape(node))
+    return f"{sizes} {str(dtype(node)).removeprefix('torch.')}"

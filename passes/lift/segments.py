@@ -1,0 +1,140 @@
+"""Rules of code that cuts sorted rows into one segment an expert, by counts read on the host.
+
+    n = counts.tolist()                   n[e]: how many pairs chose expert e
+    rows[start : start + n[e]]            the rows of expert e, where start is n[0] + … + n[e-1]
+    rows.split(n)                         all of them
+    offsets = counts.cumsum(0).tolist()   the same by sums of counts
+
+Sizes are compared as expressions: every symbol that a count or an offset was read into stands for a sum of
+the symbols count(ids, e), so that any arithmetic on the host is understood.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import sympy
+import torch
+from torch.fx import Node
+
+from dsmoe_compiler.ir.graph import shape, value
+from dsmoe_compiler.passes.lift.state import Lift, Rule, argument, count_of, operator_name
+from dsmoe_compiler.passes.lift.values import (
+    Counts,
+    Filled,
+    MultiHot,
+    Offsets,
+    OneExpert,
+    OneHot,
+    Pairs,
+    Parts,
+    Permutation,
+    Rows,
+    SortedIds,
+    TokenOf,
+    Value,
+)
+
+
+def read_count(lift: Lift, node: Node) -> Value | None:
+    """counts[e].item(): gives the symbol its meaning; the number itself is no value of a row."""
+    entry = node.args[0]
+    if not isinstance(entry, Node) or operator_name(entry) != "aten::select":
+        return None
+    counts, e, size = lift.of(entry.args[0]), argument(entry, "index"), node.meta.get("val")
+    if not isinstance(counts, (Counts, Offsets)) or not isinstance(size, torch.SymInt):
+        return None
+    e %= counts.experts
+    first = e if isinstance(counts, Counts) else 0
+    lift.counted[counts.ids] = counts.experts
+    lift.sizes[size.node.expr] = sympy.Add(*(count_of(counts.ids, i) for i in range(first, e + 1)))
+    return None
+
+
+def narrow(lift: Lift, node: Node) -> Value | None:
+    """rows.narrow(0, start, n), rows[start:stop]: one expert's segment of what is sorted."""
+    if argument(node, "dim") != 0:
+        return None
+    start = lift.extent(argument(node, "start") or 0)
+    if operator_name(node) == "aten::narrow":
+        length = lift.extent(argument(node, "length"))
+    else:
+        stop = argument(node, "end")
+        if argument(node, "step") != 1 or stop is None:
+            return None
+        length = lift.extent(stop) - start
+    return _segment(lift, lift.of(node.args[0]), start, length)
+
+
+def split(lift: Lift, node: Node) -> Value | None:
+    """rows.split(counts): the segments of all experts."""
+    found, sizes = lift.of(node.args[0]), argument(node, "split_sizes")
+    if argument(node, "dim") != 0 or not isinstance(sizes, (list, tuple)) or found is None:
+        return None
+    parts, start = list[Value | None](), cast(sympy.Expr, sympy.Integer(0))
+    for size in sizes:
+        length = lift.extent(size)
+        parts.append(_segment(lift, found, start, length))
+        start += length
+    return Parts(tuple(parts)) if any(part is not None for part in parts) else None
+
+
+def _segment(lift: Lift, found: Value | None, start: sympy.Expr, length: sympy.Expr) -> Value | None:
+    if not isinstance(found, (Rows, TokenOf, Permutation)) or not isinstance(found.domain, Pairs):
+        return None
+    pairs = found.domain
+    if pairs.ids is None or pairs.order is None or (isinstance(found, Rows) and found.lead != 1):
+        return None
+    expert = next(
+        (e for e in range(lift.counted.get(pairs.ids, 0)) if length == count_of(pairs.ids, e)), None
+    )
+    if expert is None or start != sympy.Add(*(count_of(pairs.ids, i) for i in range(expert))):
+        return None
+    domain = OneExpert(pairs.ids, pairs.slots, expert, pairs.order)
+    if isinstance(found, Rows):
+        return found.like(found.term, domain=domain)
+    return TokenOf(domain) if isinstance(found, TokenOf) else Permutation(domain)
+
+
+def count_hot(lift: Lift, node: Node) -> Value | None:
+    """one_hot(ids).sum over all but the experts, and the like: how many pairs chose each expert."""
+    found = lift.of(node.args[0])
+    dims, keep = argument(node, "dim"), argument(node, "keepdim")
+    if isinstance(found, MultiHot):
+        counted = [d % 2 for d in dims or []] == [0]
+    elif isinstance(found, OneHot) and found.weight is None and not value(node).is_floating_point():
+        rank = len(found.axes)
+        left = [a for i, a in enumerate(found.axes) if i not in {d % rank for d in dims or range(rank)}]
+        counted = left == ["E"]
+    else:
+        return None
+    if not counted or keep:
+        return None
+    root = lift.ids_root(found.ids)
+    return None if root is None else Counts(root[0], found.experts)
+
+
+def count_by_adding(lift: Lift, node: Node) -> Value | None:
+    """zeros(E).index_add(0, ids, ones): how many pairs chose each expert."""
+    start, ones, at = lift.of(node.args[0]), lift.of(node.args[3]), node.args[2]
+    if not isinstance(start, Filled) or not isinstance(ones, Filled) or not isinstance(at, Node):
+        return None
+    experts = shape(node)[0]
+    if (start.number, ones.number) != (0, 1) or not isinstance(experts, int) or len(shape(node)) != 1:
+        return None
+    if isinstance(sorted_ids := lift.of(at), SortedIds) and sorted_ids.domain.ids is not None:
+        return Counts(sorted_ids.domain.ids, experts)
+    root = lift.ids_root(at)
+    return None if root is None else Counts(root[0], experts)
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "aten::item": (read_count,),
+    "aten::_local_scalar_dense": (read_count,),
+    "aten::narrow": (narrow,),
+    "aten::slice": (narrow,),
+    "aten::split_with_sizes": (split,),
+    "aten::split": (split,),
+    "aten::sum": (count_hot,),
+    "aten::index_add": (count_by_adding,),
+}
