@@ -30,6 +30,7 @@ from dsmoe_compiler.ir.graph import ProgramGraph, depends_on_data, is_tensor, sh
 from dsmoe_compiler.ir.passes import Replacement
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse
 from dsmoe_compiler.ir.stand_in import STAND_INS
+from dsmoe_compiler.packing import pack
 
 # What each symbolic size is for one check.
 Sizes: TypeAlias = dict[sympy.Expr, sympy.Expr]
@@ -69,13 +70,29 @@ def validate(graph: ProgramGraph, change: Replacement, seed: int = 0) -> Verdict
     )
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
+    tensors = {n: graph.tensor(n) for n in region if graph.parameter(n) is not None}
+    tensors |= _packs(graph, region)
     with torch.no_grad():
         for inputs in _routings(change, sizes, generator):
-            values = dict(inputs) | {n: graph.tensor(n) for n in region if graph.parameter(n) is not None}
+            values = dict(inputs) | tensors
             run = _Run(sizes, stand_ins=kept)
             old, new = (run.value(result, dict(values)) for result in (change.old, change.new))
             worst = max(worst, relative_error(new, old))
     return Verdict(worst, allowed)
+
+
+def _packs(graph: ProgramGraph, region: list[Node]) -> dict[Node, Tensor]:
+    """The experts' own tensors, brought together before they are read: copies would cost memory."""
+    found = dict[Node, Tensor]()
+    state = [*graph.exported.state_dict.values(), *graph.exported.constants.values()]
+    for node in region:
+        if node.target is ops.PACK:
+            parts = node.args[0]
+            assert isinstance(parts, (list, tuple))
+            whole = pack([graph.tensor(p) for p in parts if isinstance(p, Node)], state)
+            if whole is not None:
+                found[node] = whole
+    return found
 
 
 def tolerance(dtype: torch.dtype, products: int) -> float:
@@ -235,10 +252,15 @@ def _experts_tensors(node: Node) -> list[Node]:
     return [p for p in params if isinstance(p, Node)]
 
 
-def _only_of_experts(parameter: Node, region: list[Node]) -> bool:
-    """Whether a parameter is read in this region by fused ops alone, as a tensor of their experts."""
-    inside = [u for u in parameter.users if u in region]
-    return all(u.target in STAND_INS and parameter in _experts_tensors(u) for u in inside)
+def _only_of_experts(tensor: Node, region: list[Node]) -> bool:
+    """Whether a tensor is read in this region by fused ops alone, as one of their experts' tensors."""
+    inside = [u for u in tensor.users if u in region]
+    return all(
+        tensor in _experts_tensors(u)
+        if u.target in STAND_INS
+        else u.target is ops.PACK and _only_of_experts(u, region)
+        for u in inside
+    )
 
 
 def _contraction(graph: ProgramGraph, parameter: Node) -> int:

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from dsmoe_compiler.ir import ops
 from dsmoe_compiler.ir.errors import InputError
+from dsmoe_compiler.packing import Packed
 from dsmoe_compiler.runtime.cpu import CpuExperts, CpuMoE, CpuRoute
 
 Backend = Literal["auto", "cpu", "reference"]
@@ -45,6 +46,7 @@ def lower(exported: ExportedProgram, backend: Backend) -> GraphModule:
     module = exported.module(check_guards=False)
     assert isinstance(module, GraphModule)
     module._forward_pre_hooks.clear()  # the caller has checked the inputs, with messages a user can read
+    _bind_packs(module, exported)
     if backend == "cpu":
         for i, node in enumerate([n for n in module.graph.nodes if n.target in _CPU]):
             *operands, spec = node.args
@@ -54,5 +56,29 @@ def lower(exported: ExportedProgram, backend: Backend) -> GraphModule:
                 lowered = module.graph.call_module(name, tuple(operands))
             node.replace_all_uses_with(lowered)
             module.graph.erase_node(node)
-        module.recompile()
+    module.recompile()
     return module
+
+
+def _bind_packs(module: GraphModule, exported: ExportedProgram) -> None:
+    """Experts' own tensors are brought together now, once, and read as one from then on."""
+    state = [*exported.state_dict.values(), *exported.constants.values()]
+    for i, node in enumerate([n for n in module.graph.nodes if n.target is ops.PACK]):
+        (parts,) = node.args
+        tensors = [_attribute(module, part) for part in parts]
+        module.add_submodule(f"dsmoe_pack_{i}", Packed(tensors, state))
+        with module.graph.inserting_before(node):
+            lowered = module.graph.call_module(f"dsmoe_pack_{i}")
+        node.replace_all_uses_with(lowered)
+        module.graph.erase_node(node)
+        for part in parts:
+            if not part.users:
+                module.graph.erase_node(part)
+
+
+def _attribute(module: GraphModule, node: Node) -> Tensor:
+    found: object = module
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    assert isinstance(found, Tensor)
+    return found
