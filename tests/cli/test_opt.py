@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.ir.passes import Pass, PassLog
 from tests.cli.fakes import run, wrong
 
+ROOT = Path(__file__).parents[2]
 MODEL = "tests.cli.small_model:build"  # layers 0 fused, 1 with an unknown router, 2 refused
 NAMES = ["normalize", "lift_experts", "fuse_router", "fuse_shared_experts"]
 
@@ -317,15 +319,25 @@ def test_a_compiled_file_shows_what_is_in_it(here: Path) -> None:
     assert again.stdout == as_it_is
 
 
+def test_the_documentation_shows_what_is_printed() -> None:
+    page = (ROOT / "docs" / "opt.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    sessions = [each for block in blocks for each in block.split("$ dsmoe ")[1:]]
+    assert len(sessions) == 4
+    for command, _, shown in (session.partition("\n") for session in sessions):
+        result = run(*shlex.split(command))
+        said = [line for line in result.stderr.splitlines() if line and not line.startswith("stage ")]
+        printed = "\n".join([*result.stdout.splitlines(), *said])
+        assert re.sub(r"\d+", "N", printed) == re.sub(r"\d+", "N", shown.rstrip())  # counts may change
+
+
 DSMOE = [sys.executable, "-m", "dsmoe_compiler"]
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_a_reader_that_leaves_is_no_error(closed: str) -> None:
     command = [*DSMOE, "opt", MODEL, "--print-ir-after-all"]
-    process = subprocess.Popen(
-        command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     leaving, staying = process.stdout, process.stderr
     if closed == "stderr":
         leaving, staying = staying, leaving
