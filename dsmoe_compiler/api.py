@@ -24,10 +24,11 @@ from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.ir.passes import Pass
 from dsmoe_compiler.pipeline import Progress, Verify
 from dsmoe_compiler.program import Program, name_outputs
-from dsmoe_compiler.replay import replay
+from dsmoe_compiler.replay import replay, replay_routings
 from dsmoe_compiler.report.report import PassReport, Report
 from dsmoe_compiler.runtime.lower import BACKENDS, Backend, choose
 from dsmoe_compiler.turns import TURN
+from dsmoe_compiler.validate import validate
 
 Model = nn.Module | Callable[..., Any] | ExportedProgram
 
@@ -70,7 +71,7 @@ def compile(
     )
     steps = passes.steps_of(pipeline)
     request = _request(model, args, kwargs, dynamic_shapes, capture)
-    with TURN, Deferred(request.forwards()):
+    with TURN, Deferred(request.interruptible()):
         if request.on_meta():
             raise InputError(
                 "the model is on the meta device and has no weights: use inspect, or load its weights"
@@ -95,14 +96,53 @@ def inspect(
 
     Arguments and errors as for `compile`; `instruments` watch the passes.
     """
-    _check_choices(capture=(capture, get_args(CaptureMode)))
+    return optimize(
+        model,
+        args,
+        kwargs,
+        dynamic_shapes=dynamic_shapes,
+        capture=capture,
+        verify="off",
+        progress=progress,
+        instruments=instruments,
+    ).report
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """A captured graph after a pipeline, and the story of how it became that."""
+
+    graph: ProgramGraph
+    report: Report
+
+
+def optimize(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    capture: CaptureMode = "auto",
+    pipeline: Sequence[Pass] | str | None = None,
+    verify: Verify = "numeric",
+    progress: Progress | None = None,
+    instruments: Sequence[Instrument] = (),
+) -> Optimized:
+    """Capture and passes alone: what compile would lower. Nothing is verified on the meta device.
+
+    Arguments and errors as for `compile`; `instruments` watch the passes.
+    """
+    _check_choices(capture=(capture, get_args(CaptureMode)), verify=(verify, get_args(Verify)))
+    steps = passes.steps_of(pipeline)
     request, stage = _request(model, args, kwargs, dynamic_shapes, capture), _polling(progress)
-    with TURN, Deferred(request.forwards()):
+    with TURN, Deferred(request.interruptible()):
         captured, first = _captured(request, False, stage)
-        outcome = passes.run(ProgramGraph(captured.exported), passes.DEFAULT, "off", stage, instruments)
-    return Report(
-        _name(model), captured.how, outcome.layers, (first, *outcome.passes), None, None, outcome.remarks
-    )
+        graph = ProgramGraph(captured.exported)
+        outcome = passes.run(graph, steps, verify, stage, instruments)
+    passed = (first, *outcome.passes)
+    remarks = (*_told(captured, checked=False), *outcome.remarks)
+    report = Report(_name(model), captured.how, outcome.layers, passed, None, None, remarks)
+    return Optimized(graph, report)
 
 
 @dataclass(frozen=True)
@@ -126,11 +166,12 @@ class _Request:
             exact=exact,
         )
 
-    def forwards(self) -> frozenset[CodeType]:
-        """Code of the model's own that tracing and checking call."""
-        if isinstance(self.model, ExportedProgram):
-            return frozenset()
-        return forwards(as_module(self.model))
+    def interruptible(self) -> frozenset[CodeType]:
+        """Code that may as well raise when it is called: the model's own, and the check of one rewrite."""
+        own = {validate.__code__}
+        return frozenset(
+            own if isinstance(self.model, ExportedProgram) else own | forwards(as_module(self.model))
+        )
 
     def on_meta(self) -> bool:
         """Whether any tensor of the model has no storage."""
@@ -193,13 +234,15 @@ def _compiled(
 ) -> Program:
     captured, first = _captured(request, exact, progress)
     chosen = choose(backend, captured.exported)
-    random = _is_random(captured.exported)
+    random, against = _is_random(captured.exported), request.runnable()
+    if captured.assumed and not random and against is not None:
+        _require_held(request, captured, against, progress)
     outcome = passes.run(ProgramGraph(captured.exported), steps, verify, progress)
     name_outputs(captured.exported)
     passed = (first, *outcome.passes)
-    report = Report(_name(request.model), captured.how, outcome.layers, passed, chosen, None, outcome.remarks)
+    remarks = (*_told(captured, checked=not random and against is not None), *outcome.remarks)
+    report = Report(_name(request.model), captured.how, outcome.layers, passed, chosen, None, remarks)
     program = _lowered(captured, report, chosen, progress)
-    against = request.runnable()
     if verify == "off" or random or against is None:
         return program
     if progress:
@@ -222,6 +265,36 @@ def _compiled(
     check = PassReport("check", time.perf_counter() - start, nodes, nodes, False, replayed.error)
     report = program.report
     return program.with_report(replace(report, program_error=replayed.error, passes=(*report.passes, check)))
+
+
+def _require_held(
+    request: _Request,
+    captured: Captured,
+    against: tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]],
+    progress: Progress | None,
+) -> None:
+    """What tracing assumed of the user's code, put to the test before anything is built on it.
+
+    Raises CaptureError where it does not hold.
+    """
+    if progress:
+        progress("replay")
+    name = _name(request.model)
+    report = Report(name, captured.how, (), ())
+    program = Program(captured.exported, captured.call, captured.outputs, report, "reference")
+    wrong = replay_routings(against[0], program, program.inputs, against[1])
+    if wrong:
+        assumed = "; ".join(map(str, captured.assumed[:3]))
+        raise CaptureError(
+            f"cannot capture {name}: the graph gives other numbers than the model with {wrong}; "
+            f"tracing assumed: {assumed}"
+        )
+
+
+def _told(captured: Captured, checked: bool) -> tuple[str, ...]:
+    """What was assumed, for the reader of the report."""
+    how = "assumed, and held on forced routings" if checked else "assumed, not checked"
+    return tuple(f"{how}: {assumption}" for assumption in captured.assumed)
 
 
 def _captured(request: _Request, exact: bool, progress: Progress | None) -> tuple[Captured, PassReport]:

@@ -103,9 +103,26 @@ def shower(layer: str | None) -> Callable[[ProgramGraph], str]:
     return show
 
 
-def require_module(graph: ProgramGraph, layer: str | None) -> None:
-    """Raises InputError, with the nearest names, unless the graph has values of that module."""
-    paths = {module_path(node) for node in graph.nodes}
-    known = sorted({".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)})
-    if layer is not None and layer not in known:
-        raise InputError(f"--layer: {unknown('module', layer, known)}")
+@dataclass
+class ModuleCheck:
+    """An instrument that wants the first graph it sees to have values of a module; of any for None."""
+
+    layer: str | None
+    _done: bool = field(default=False, init=False)
+
+    def __call__(self, graph: ProgramGraph) -> None:
+        """Raises InputError, with the nearest names, when the first graph has none."""
+        if self._done or self.layer is None:
+            return
+        paths = {module_path(node) for node in graph.nodes}
+        known = sorted({".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)})
+        if self.layer not in known:
+            raise InputError(f"--layer: {unknown('module', self.layer, known)}")
+        self._done = True
+
+    def before(self, step: Pass, graph: ProgramGraph) -> None:
+        """As Instrument.before."""
+        self(graph)
+
+    def after(self, step: Pass, graph: ProgramGraph, run: PassRun) -> None:
+        """As Instrument.after."""

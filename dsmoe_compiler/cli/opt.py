@@ -126,7 +126,7 @@ def opt(
         return
     if output is None:
         click.echo(done.ir, nl=False)
-    _print_tables(watched, timing, stats)
+    _print_tables(done, watched, timing, stats)
 
 
 def _list_passes(as_json: bool) -> None:
@@ -161,7 +161,7 @@ def _print_watched(watched: Watched, remarks: Remarks | None) -> None:
         click.echo(str(remark), err=True)
 
 
-def _print_tables(watched: Watched, timing: bool, stats: bool) -> None:
+def _print_tables(done: Optimized, watched: Watched, timing: bool, stats: bool) -> None:
     from dsmoe_compiler.cli import pass_tables
     from dsmoe_compiler.cli.paint import console, print_grid
 
@@ -171,7 +171,7 @@ def _print_tables(watched: Watched, timing: bool, stats: bool) -> None:
         print_grid(to, pass_tables.statistics(watched.runs))
     if timing:
         to.print()
-        print_grid(to, pass_tables.timing(watched.capture_seconds, watched.runs))
+        print_grid(to, pass_tables.timing(done.capture_seconds, watched.runs))
 
 
 def _record(done: Optimized, watched: Watched, remarks: Remarks, output: Path | None) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _record(done: Optimized, watched: Watched, remarks: Remarks, output: Path | 
 
     return {
         "pipeline": done.pipeline,
-        "passes": as_records(watched.capture_seconds, watched.runs),
+        "passes": as_records(done.capture_seconds, watched.runs),
         "remarks": [asdict(remark) for remark in watched.remarks(remarks)],
         **({"ir": done.ir} if output is None else {"output": str(output)}),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +56,6 @@ class Watched:
     notes: list[str] = field(default_factory=list)
     dumps: list[str] = field(default_factory=list)
     runs: list[PassRun] = field(default_factory=list)
-    capture_seconds: float = 0.0
 
     def before(self, step: Pass, graph: ProgramGraph) -> None:
         """As Instrument.before."""
@@ -73,10 +71,13 @@ class Watched:
 
 @dataclass(frozen=True)
 class Optimized:
-    """The text of a graph after a pipeline, and the pipeline's own with every option spelled out."""
+    """The text of a graph after a pipeline, the pipeline's own with every option spelled out, and how long
+    capture took.
+    """
 
     pipeline: str
     ir: str
+    capture_seconds: float
 
 
 def optimize(
@@ -88,26 +89,31 @@ def optimize(
     capture and passes raise.
     """
     stage("load torch")
-    from dsmoe_compiler import pipeline
-    from dsmoe_compiler.capture import capture
-    from dsmoe_compiler.cli.ir_dumps import IRDumps, require_module, shower
-    from dsmoe_compiler.ir.graph import ProgramGraph
+    from dsmoe_compiler import api
+    from dsmoe_compiler.cli.ir_dumps import IRDumps, ModuleCheck, shower
+    from dsmoe_compiler.pipeline import steps_of
     from dsmoe_compiler.pipeline_text import print_pipeline
 
-    steps = pipeline.steps_of(options.pipeline)
+    steps = steps_of(options.pipeline)
     moments, dump, show = _moments(options, steps, watched), _dump(options, watched), shower(options.layer)
     stage(f"build {text}")
     model, args, kwargs = _model(text, inputs, options.verify, watched)
-    stage("capture")
-    start = time.perf_counter()
-    graph = ProgramGraph(capture(model, args, kwargs, mode=options.capture).exported)
-    watched.capture_seconds = time.perf_counter() - start
-    require_module(graph, options.layer)
-    instruments: list[Instrument] = [watched]
+    check = ModuleCheck(options.layer)
+    instruments: list[Instrument] = [check, watched]
     if moments:
         instruments.append(IRDumps(moments, show, dump))
-    pipeline.run(graph, steps, options.verify or "numeric", stage, instruments)
-    return Optimized(print_pipeline(steps), show(graph))
+    done = api.optimize(
+        model,
+        args,
+        kwargs,
+        capture=options.capture,
+        pipeline=steps,
+        verify=options.verify or "numeric",
+        progress=stage,
+        instruments=instruments,
+    )
+    check(done.graph)
+    return Optimized(print_pipeline(steps), show(done.graph), done.report.passes[0].seconds)
 
 
 def _model(

@@ -264,7 +264,7 @@ def test_wrong_input_is_one_line_before_the_work(
     arguments: tuple[str, ...], says: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "file").touch()
-    monkeypatch.setattr("dsmoe_compiler.capture.capture", lambda *_, **__: pytest.fail("captured"))
+    monkeypatch.setattr("dsmoe_compiler.api.optimize", lambda *_, **__: pytest.fail("captured"))
     assert says in wrong("opt", *arguments)
     assert [path.name for path in here.iterdir()] == ["file"]
 
