@@ -5,6 +5,7 @@ the host, a branch on "has any token". While `Unrolling` is entered, such places
 for an expert that has tokens, and what that takes for granted is written down as an `Assumption`:
 
     for e in hit.nonzero(): …            every index is visited, in order      VISITS
+    for e in torch.unique(ids): …        the same, up to what ids can be       VISITS
     counts.tolist(), .cpu().numpy()      one symbolic size each                COUNTS
     if mask.any(): …                     the expert has tokens                 TOKENS
     if n == 0: continue                  the expert has tokens                 TOKENS
@@ -25,10 +26,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from types import FrameType
+from typing import Any, TypeAlias, TypeVar, cast
 
 import sympy
 import torch
@@ -42,6 +44,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dsmoe_compiler.ir.graph import depends_on_data
 
 Function: TypeAlias = Callable[..., Any]
+_Fact = TypeVar("_Fact")
+_OfTensors: TypeAlias = MutableMapping[Tensor, _Fact]
 
 VISITS = "every index is visited: for an expert without tokens the loop's body changes nothing"
 COUNTS = "the numbers read from the tensor are counts: none is negative"
@@ -93,10 +97,12 @@ class Unrolling(TorchFunctionMode):
     def __init__(self, skip_last: bool = False) -> None:
         super().__init__()
         self.skip_last = skip_last
+        self.asks_value = False
         self._assumed: dict[Assumption, None] = {}
-        self._known = WeakIdKeyDictionary()  # tensor -> its values, on the CPU
-        self._counts = WeakIdKeyDictionary()  # tensor -> True: its numbers count something
-        self._branches = WeakIdKeyDictionary()  # boolean -> what it is for an expert that has tokens
+        self._known: _OfTensors[Tensor] = WeakIdKeyDictionary()  # its values, on the CPU
+        self._counts: _OfTensors[bool] = WeakIdKeyDictionary()  # whether its numbers count something
+        self._widths: _OfTensors[int] = WeakIdKeyDictionary()  # how many classes its ids are chosen from
+        self._branches: _OfTensors[bool] = WeakIdKeyDictionary()  # what it is where an expert has tokens
 
     @property
     def assumed(self) -> tuple[Assumption, ...]:
@@ -120,9 +126,19 @@ class Unrolling(TorchFunctionMode):
         answer = self._answer(name, tensor, args, kwargs)
         if answer is not None:
             return answer[0]
+        if name == "__bool__":
+            return self._value(func, tensor)
         result = func(*args, **kwargs)
         self._learn(name, tensor, args, result)
         return result
+
+    def _value(self, func: Function, tensor: Tensor) -> Any:
+        """A branch on a tensor that asks for no tokens: nothing about it is assumed."""
+        self.asks_value = True
+        try:
+            return func(tensor)
+        finally:
+            self.asks_value = False
 
     def _answer(
         self, name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -135,6 +151,8 @@ class Unrolling(TorchFunctionMode):
             case "nonzero" | "where" if self._lists_indices(name, tensor, args, kwargs):
                 as_tuple = name == "where" or bool(kwargs.get("as_tuple"))
                 return (self._every_index(tensor, as_tuple),)
+            case "unique" | "unique_consecutive" if tensor in self._widths:
+                return self._every_id(tensor, kwargs)
             case "bincount":
                 return self._static_bincount(tensor, args, kwargs)
             case "__getitem__" if (bounds := _unknown_bounds(args[1])) is not None:
@@ -161,7 +179,14 @@ class Unrolling(TorchFunctionMode):
         return None
 
     def _learn(self, name: str, tensor: Tensor, args: tuple[Any, ...], result: Any) -> None:
-        """Remember which results count something, and which booleans ask whether there is anything."""
+        """Remember which results count something, which are ids, and which booleans ask whether there is
+        anything.
+        """
+        if isinstance(result, tuple) and name in ("topk", "sort") and len(result) == 2:
+            width = tensor.shape[-1] if name == "topk" else self._widths.get(tensor)
+            chosen = result[1] if name == "topk" else result[0]
+            if isinstance(width, int):
+                self._widths[chosen] = width
         if not isinstance(result, Tensor) or _constant(result) is not None:
             return
         if result.dtype == torch.bool:
@@ -169,6 +194,9 @@ class Unrolling(TorchFunctionMode):
             if answer is not None and result.numel() == 1:
                 self._branches[result] = answer
         elif not result.is_floating_point() and not result.is_complex():
+            width = tensor.shape[-1] if name == "argmax" else self._widths.get(tensor)
+            if isinstance(width, int) and name in (*_SAME_NUMBERS, "argmax", "t", "transpose", "permute"):
+                self._widths[result] = width
             sums = name == "sum" and not tensor.is_floating_point()
             again = name in (*_SAME_NUMBERS, "cumsum") and tensor in self._counts
             if name in ("bincount", "count_nonzero") or sums or again:
@@ -209,6 +237,20 @@ class Unrolling(TorchFunctionMode):
             values = values if as_tuple else values.unsqueeze(1)
         made = self._traced(values, tensor.device)
         return (made,) if as_tuple else made
+
+    def _every_id(self, tensor: Tensor, kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """All ids that a top-k can choose, as unique gives those it chose; and how often it chose them."""
+        if kwargs.get("return_inverse") or kwargs.get("dim") is not None:
+            return None
+        self.assume(VISITS)
+        with _disable_current_modes():
+            values = torch.arange(self._widths[tensor])
+        ids = self._traced(values, tensor.device)
+        if not kwargs.get("return_counts"):
+            return (ids,)
+        counts = self._static_bincount(tensor.reshape(-1), (), {"minlength": len(values)})
+        assert counts is not None
+        return ((ids, counts[0]),)
 
     def _traced(self, values: Tensor, device: torch.device) -> Tensor:
         """A constant of the traced program with these values, remembered."""
@@ -306,13 +348,17 @@ def _user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        outside = not file.startswith((_TORCH_FOLDER, "<")) and str(Path(file).parent) != _OUR_FOLDER
-        if outside and Path(file).name != "contextlib.py":
+        if not _is_of_torch_or_ours(file):
             return f"{Path(file).name}:{frame.f_lineno}"
         if frame.f_back is None:
             break
         frame = frame.f_back
     return ""
+
+
+def _is_of_torch_or_ours(file: str) -> bool:
+    ours = str(Path(file).parent) == _OUR_FOLDER
+    return ours or file.startswith((_TORCH_FOLDER, "<")) or Path(file).name == "contextlib.py"
 
 
 @contextlib.contextmanager
@@ -325,7 +371,7 @@ def sizes_assumed(environment: ShapeEnv, mode: Unrolling) -> Iterator[None]:
         try:
             return evaluate(expression, *args, **kwargs)
         except Exception as e:
-            if "data-dependent" not in str(e).lower():
+            if mode.asks_value or "data-dependent" not in str(e).lower():
                 raise
             found = _about_tokens(expression)
             if found is None:
@@ -342,21 +388,46 @@ def sizes_assumed(environment: ShapeEnv, mode: Unrolling) -> Iterator[None]:
 
 
 def _about_tokens(expression: sympy.Basic) -> tuple[str, bool] | None:
-    """(what is assumed, the answer) for a comparison of sizes; None where it is none."""
+    """(what is assumed, the answer) for a comparison of sizes; None where the code asks for a value."""
     if not isinstance(expression, sympy.core.relational.Relational):
         return None
     unknown = [s for s in expression.free_symbols if symbol_is_type(s, SymT.UNBACKED_INT)]
     if not unknown:
         return None
+    if (with_tokens := _asks_for_tokens(expression)) is not None:
+        return TOKENS, with_tokens
+    if _is_branch_of_the_user():
+        return None
     if isinstance(expression, (sympy.Eq, sympy.Ne)):
-        equal = isinstance(expression, sympy.Eq)
-        if 0 in expression.args:
-            return TOKENS, not equal
-        return SIZES, equal != (1 in expression.args)
+        return SIZES, isinstance(expression, sympy.Eq) != (1 in expression.args)
     sizes = {s: _SIZE_OF_AN_INPUT for s in expression.free_symbols}
     sizes |= {s: _SIZE_OF_THE_UNKNOWN + 7 * i for i, s in enumerate(sorted(unknown, key=str))}
     truth = expression.subs(sizes)
     return (SIZES, bool(truth)) if truth in (sympy.true, sympy.false) else None
+
+
+def _asks_for_tokens(expression: sympy.Basic) -> bool | None:
+    """Whether "n == 0", "n > 0" and the like hold for a positive n; None for another question."""
+    left, right = expression.args
+    if right not in (0, 1) or left.is_Number:
+        return None
+    none = {"Eq": 0, "LessThan": 0, "StrictLessThan": 1}
+    some = {"Ne": 0, "StrictGreaterThan": 0, "GreaterThan": 1}
+    kind = {"Equality": "Eq", "Unequality": "Ne"}.get(type(expression).__name__, type(expression).__name__)
+    if none.get(kind) == right:
+        return False
+    return True if some.get(kind) == right else None
+
+
+def _is_branch_of_the_user() -> bool:
+    """Whether the comparison is an `if` of the user's own, rather than one of an operator's checks."""
+    frame: FrameType | None = sys._getframe(1)
+    below = ""
+    while frame is not None:
+        if not _is_of_torch_or_ours(frame.f_code.co_filename):
+            return below == "__bool__"
+        below, frame = frame.f_code.co_name, frame.f_back
+    return False
 
 
 def keep_in_place(module: nn.Module) -> None:

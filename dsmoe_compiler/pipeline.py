@@ -84,7 +84,7 @@ def _run_one(graph: ProgramGraph, step: Pass, log: PassLog, check: bool) -> Pass
         verdicts = (
             [_checked(graph, step, log, i, known) for i in range(len(log.replacements))] if check else []
         )
-        erase_dead(graph.graph)
+        erase_dead(graph.graph, [c.old for c in log.replacements])
         graph.graph.lint()
         graph.exported.graph_module.recompile()
     except DsmoeError:
@@ -100,6 +100,8 @@ def _run_one(graph: ProgramGraph, step: Pass, log: PassLog, check: bool) -> Pass
         replaced=len(log.replacements),
         taken_back=sum(not v.passed for v in verdicts),
         remarks=remarks_of(step.name, known, log.layers, log.remarks[said:]),
+        layers=tuple(sorted(log.layers.values(), key=lambda f: f.order)),
+        changes=tuple(c for i, c in enumerate(log.replacements) if not verdicts or verdicts[i].passed),
     )
 
 

@@ -24,6 +24,7 @@ until they are more than a fifth; then the same rule holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoe_compiler.capture import prepare_configs
 from dsmoe_compiler.functions import as_module
@@ -81,6 +83,62 @@ def replay(model: Callable[..., Any], program: Callable[..., Any], inputs: Input
     return Replayed(error, "")
 
 
+def replay_routings(
+    model: Callable[..., Any], program: Callable[..., Any], inputs: Inputs, example: Call
+) -> str:
+    """Call both with every selection forced, so that most experts have no token at all; what differs, in
+    words ("" if nothing does).
+
+    `program` must hold the selections that the model makes: the graph as captured. Every top-k and argmax of
+    both picks the first entries, then the last ones: whatever a loop does for an expert without tokens, or
+    with all of them, shows.
+    """
+    module = as_module(model)
+    sizes = inputs.sizes(*example)
+    other = _resized_call(inputs, example, sizes, {s: n + 2 for s, n in sizes.items()})
+    with preserved(module), torch.no_grad():
+        prepare_configs(module)
+        for words, last in (("the first experts", False), ("the last experts", True)):
+            for call in (example, other):
+                if call is None:
+                    continue
+                with _Forced(last):
+                    compared = _both(module, program, call, may_fail=True)
+                if compared is not None and compared.wrong:
+                    return f"every token routed to {words}: {compared.wrong}"
+    return ""
+
+
+class _Forced(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While entered, top-k and argmax of floating tensors pick the first or the last entries."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._last = last
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        scores = args[0] if args else None
+        if not isinstance(scores, Tensor) or not scores.is_floating_point() or not scores.dim():
+            return result
+        if func is torch.ops.aten.topk.default:
+            dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", -1)
+            ids = self._picked(result[1], scores.shape[dim], dim)
+            return scores.gather(dim, ids), ids
+        if func is torch.ops.aten.argmax.default and len(args) > 1 and args[1] is not None:
+            return torch.full_like(result, scores.shape[args[1]] - 1 if self._last else 0)
+        return result
+
+    def _picked(self, like: Tensor, width: int, dim: int) -> Tensor:
+        count = like.shape[dim]
+        ids = torch.arange(count, device=like.device) + (width - count if self._last else 0)
+        shape = [1] * like.dim()
+        shape[dim] = count
+        return ids.view(shape).expand(like.shape).contiguous()
+
+
 def _repeats(module: nn.Module, program: Callable[..., Any], inputs: Inputs, call: Call) -> bool:
     """Whether rows that were far off are so again with other values: near ties in routers are not."""
     again = (
@@ -104,7 +162,12 @@ def _both(module: nn.Module, program: Callable[..., Any], call: Call, may_fail: 
     torch.set_rng_state(random_state)
     with buffers_kept(module):
         args, kwargs = _own(call)
-        return _compare(program(*args, **kwargs), expected)
+        try:
+            actual = program(*args, **kwargs)
+        except Exception as e:  # operators of the graph may raise anything
+            reason = next(iter(str(e).splitlines()), "") or type(e).__name__
+            return _Compared(math.inf, f"the graph fails ({reason[:100]})", proven=True)
+        return _compare(actual, expected)
 
 
 def _own(call: Call) -> Call:

@@ -18,6 +18,7 @@ from dsmoe_compiler.ir.graph import (
     VIEWS,
     ProgramGraph,
     Size,
+    ancestors,
     aten,
     common_module,
     dtype,
@@ -356,21 +357,10 @@ def _within(node: Node, layer: str) -> bool:
     return not name or f"{'.'.join(module_path(node))}.".startswith(f"{name}.")
 
 
-def _ancestors(nodes: list[Node]) -> set[Node]:
-    """The values that the nodes are computed from, themselves included."""
-    found, stack = set[Node](), list(nodes)
-    while stack:
-        at = stack.pop()
-        if at not in found:
-            found.add(at)
-            stack.extend(at.all_input_nodes)
-    return found
-
-
 def _refused(lift: Lift, selection: Selection, order: dict[Node, int]) -> LayerFacts:
     """A layer nobody combined: the first loss on its own ids says why."""
     own = [x for x in lift.losses if x.ids is not None and selector_of(x.ids) is selection.selector]
-    before = _ancestors([selection.first_use, *(lost.node for lost in own)])
+    before = ancestors([selection.first_use, *(lost.node for lost in own)])
     own += [x for x in lift.losses if x.ids is None and x.node in before and _within(x.node, selection.name)]
     if own:
         lost = min(own, key=lambda lost: order[lost.node])

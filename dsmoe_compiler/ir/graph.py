@@ -234,18 +234,54 @@ def through(node: Node, *kinds: frozenset[Any]) -> Node:
     return node
 
 
-def erase_dead(graph: Graph) -> int:
-    """Erase pure nodes nobody reads; returns how many."""
-    dead = [n for n in reversed(list(graph.nodes))]
+def erase_dead(graph: Graph, replaced: Iterable[Node] = ()) -> int:
+    """Erase pure nodes nobody reads; returns how many.
+
+    With them goes what torch.export asserted of the sizes inside a computation that was replaced: an
+    assertion all of whose tensors served only to compute one of `replaced`.
+    """
     erased = 0
-    for node in dead:
+    for node in _asserted_of(graph, list(replaced)):
+        graph.erase_node(node)
+        erased += 1
+    for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users and _is_pure(node):
             graph.erase_node(node)
             erased += 1
     return erased
 
 
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """The values that the nodes are computed from, themselves included."""
+    found, stack = set[Node](), list(nodes)
+    while stack:
+        at = stack.pop()
+        if at not in found:
+            found.add(at)
+            stack.extend(at.all_input_nodes)
+    return found
+
+
+def _asserted_of(graph: Graph, replaced: list[Node]) -> list[Node]:
+    if not replaced:
+        return []
+    assertions = [n for n in graph.nodes if n.target is aten._assert_scalar.default]
+    kept = [n for n in graph.nodes if n not in set(assertions) and (n.op == "output" or not _is_pure(n))]
+    live, inside = ancestors(kept), ancestors(replaced)
+    return [
+        n
+        for n in assertions
+        if (dead := ancestors([n]) - live - {n}) and all(a in inside for a in dead if not _is_number(a))
+    ]
+
+
+def _is_number(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymBool, torch.SymFloat))
+
+
 def _is_pure(node: Node) -> bool:
+    if node.op != "call_function":
+        return node.op != "output"
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return getattr(node.target, "__module__", "") in ("_operator", "math", "builtins", "torch")
