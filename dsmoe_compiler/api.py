@@ -16,11 +16,13 @@ from torch.fx import Node
 from dsmoe_compiler import pipeline as passes
 from dsmoe_compiler.capture import Captured, CaptureMode
 from dsmoe_compiler.capture import capture as capture_model
+from dsmoe_compiler.control_flow import Assumption
 from dsmoe_compiler.functions import as_module
 from dsmoe_compiler.instrument import Instrument
 from dsmoe_compiler.interrupt import Deferred, forwards, poll
 from dsmoe_compiler.ir.errors import CaptureError, InputError, NotFused, Refusal
 from dsmoe_compiler.ir.graph import ProgramGraph
+from dsmoe_compiler.ir.leftovers import drop_leftovers
 from dsmoe_compiler.ir.passes import Pass
 from dsmoe_compiler.pipeline import Progress, Verify
 from dsmoe_compiler.program import Program, name_outputs
@@ -110,10 +112,11 @@ def inspect(
 
 @dataclass(frozen=True)
 class Optimized:
-    """A captured graph after a pipeline, and the story of how it became that."""
+    """A captured graph after a pipeline, the story of how it became that, and what tracing assumed."""
 
     graph: ProgramGraph
     report: Report
+    assumed: tuple[Assumption, ...]
 
 
 def optimize(
@@ -142,7 +145,7 @@ def optimize(
     passed = (first, *outcome.passes)
     remarks = (*_told(captured, checked=False), *outcome.remarks)
     report = Report(_name(model), captured.how, outcome.layers, passed, None, None, remarks)
-    return Optimized(graph, report)
+    return Optimized(graph, report, captured.assumed)
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,7 @@ def _compiled(
         _require_held(request, captured, against, progress)
     outcome = passes.run(ProgramGraph(captured.exported), steps, verify, progress)
     name_outputs(captured.exported)
+    drop_leftovers(captured.exported)
     passed = (first, *outcome.passes)
     remarks = (*_told(captured, checked=not random and against is not None), *outcome.remarks)
     report = Report(_name(request.model), captured.how, outcome.layers, passed, chosen, None, remarks)

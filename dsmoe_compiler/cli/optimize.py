@@ -50,11 +50,12 @@ class Options:
 class Watched:
     """What is known when a run ends, also when it ends in an error; an instrument of the pipeline.
 
-    `dumps` are the graphs between passes that go to stderr.
+    `dumps` are the graphs between passes that go to stderr, `assumed` what capture took for granted.
     """
 
     notes: list[str] = field(default_factory=list)
     dumps: list[str] = field(default_factory=list)
+    assumed: list[PassRemark] = field(default_factory=list)
     runs: list[PassRun] = field(default_factory=list)
 
     def before(self, step: Pass, graph: ProgramGraph) -> None:
@@ -65,8 +66,9 @@ class Watched:
         self.runs.append(run)
 
     def remarks(self, which: Remarks) -> Iterator[PassRemark]:
-        """Those of all passes, in order."""
-        return (r for run in self.runs for r in run.remarks if which in ("all", r.kind))
+        """Those of capture and all passes, in order."""
+        told = (self.assumed, *(run.remarks for run in self.runs))
+        return (remark for remarks in told for remark in remarks if which in ("all", remark.kind))
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def optimize(
     from dsmoe_compiler.cli.ir_dumps import IRDumps, ModuleCheck, shower
     from dsmoe_compiler.pipeline import steps_of
     from dsmoe_compiler.pipeline_text import print_pipeline
+    from dsmoe_compiler.report.remarks import PassRemark
 
     steps = steps_of(options.pipeline)
     moments, dump, show = _moments(options, steps, watched), _dump(options, watched), shower(options.layer)
@@ -113,6 +116,10 @@ def optimize(
         instruments=instruments,
     )
     check(done.graph)
+    watched.assumed.extend(
+        PassRemark("analysis", "capture", "", f"assumed, not checked: {each.text}", each.source)
+        for each in done.assumed
+    )
     return Optimized(print_pipeline(steps), show(done.graph), done.report.passes[0].seconds)
 
 

@@ -139,6 +139,30 @@ def test_remarks_stand_at_the_users_lines() -> None:
     assert "self.kind.activation(" in source[line - 1]
 
 
+LOOP = """
+import torch
+from torch.nn import functional as F
+
+def loop(x, gate, experts):
+    weights, ids = F.linear(x, gate).softmax(-1).topk(2)
+    out, hits = torch.zeros_like(x), F.one_hot(ids, 4).permute(2, 1, 0)
+    for expert in (hits.sum((-1, -2)) > 0).nonzero():
+        slot, token = torch.where(hits[expert[0]])
+        out.index_add_(0, token, F.linear(x[token], experts[expert[0]]) * weights[token, slot, None])
+    return out
+"""
+
+
+def test_what_capture_assumed_is_a_remark_too(here: Path) -> None:
+    Path("loops.py").write_text(LOOP)
+    inputs = ("--input", "x=5x16", "--input", "gate=4x16", "--input", "experts=4x16x16")
+    result = run("opt", "loops:loop", *inputs, "--passes", "", "--remarks=all", "-o", os.devnull)
+    assert result.exit_code == 0, result.stderr
+    told = [line for line in result.stderr.splitlines() if "remark:" in line]
+    assert told and all("remark: [capture] (model): assumed, not checked: " in line for line in told)
+    assert any(line.startswith("loops.py:8: ") for line in told)
+
+
 @pytest.mark.parametrize(("which", "count"), [("missed", 2), ("passed", 3)])
 def test_remarks_of_one_kind(which: str, count: int) -> None:
     lines = opt(f"--remarks={which}", "-o", os.devnull).stderr.splitlines()
