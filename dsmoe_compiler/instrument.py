@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dsmoe_compiler.ir.graph import ProgramGraph
-from dsmoe_compiler.ir.passes import Pass
+from dsmoe_compiler.ir.passes import LayerFacts, Pass, Replacement
 from dsmoe_compiler.report.remarks import PassRemark
 from dsmoe_compiler.report.report import PassReport
 
@@ -16,7 +16,8 @@ class PassRun:
     """One pass as it ran.
 
     `found` counts the layers it was the first to list, `replaced` the values it replaced, `taken_back` those
-    of them that validation put back.
+    of them that validation put back. `layers` is what is known of every layer after it, `changes` are the
+    replacements that stand.
     """
 
     report: PassReport
@@ -24,6 +25,8 @@ class PassRun:
     replaced: int
     taken_back: int
     remarks: tuple[PassRemark, ...]
+    layers: tuple[LayerFacts, ...] = ()
+    changes: tuple[Replacement, ...] = ()
 
     @property
     def fused(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,12 +12,30 @@ from dsmoe_compiler.cli.model_argument import is_saved_program, resolve
 from dsmoe_compiler.cli.stages import Stage, stages
 from dsmoe_compiler.report.report import Report
 
+if TYPE_CHECKING:
+    from dsmoe_compiler.report.drawing.layer_graph import LayerAnatomy
+
 
 @click.command("inspect", short_help="Show each MoE layer of MODEL, without compiling it.")
 @click.argument("text", metavar="MODEL")
 @input_option
+@click.option(
+    "--graph",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw one layer before and after into FILE.svg, FILE.html or FILE.dot.",
+)
+@click.option(
+    "--layer",
+    "wanted",
+    metavar="NAME",
+    help="Which layer: its name, or its number from 0. Without --graph its text is printed. Default for "
+    "--graph: the first fused one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def inspect_model(text: str, inputs: tuple[ExampleInput, ...], as_json: bool) -> None:
+def inspect_model(
+    text: str, inputs: tuple[ExampleInput, ...], graph: Path | None, wanted: str | None, as_json: bool
+) -> None:
     """Show each MoE layer of MODEL: its spec, or why it was not understood.
 
     Models of the zoo and of hf: are built without weights, so that any size fits. Of a .pt2 file the
@@ -28,11 +47,36 @@ def inspect_model(text: str, inputs: tuple[ExampleInput, ...], as_json: bool) ->
       dsmoe inspect hf:./Mixtral-8x7B-v0.1
       dsmoe inspect my_package.model:forward --input x=2x16x512 --input ids=2x16:int64
       dsmoe inspect tiny.pt2 --json
+      dsmoe inspect deepseek-moe-16b --layer model.layers.3.mlp
+      dsmoe inspect deepseek-moe-16b --graph layer.html
     """
+    if wanted is not None and graph is None and as_json:
+        raise click.UsageError("--layer prints text: leave out --json, or draw the layer with --graph.")
+    if graph is not None:
+        from dsmoe_compiler.cli.one_layer import require_drawing_place
+
+        require_drawing_place(graph)
     with stages() as stage:
-        report, notes = _report(text, inputs, stage)
+        if graph is None and wanted is None:
+            (report, notes), anatomy = _report(text, inputs, stage), None
+        else:
+            report, notes, anatomy = _anatomy(text, inputs, wanted, stage)
+        if graph is not None and anatomy is not None:
+            from dsmoe_compiler.cli.one_layer import write_drawing
+
+            stage(f"draw {graph}")
+            write_drawing(anatomy, graph)
     for note in notes:
         click.echo(f"note: {note}", err=True)
+    if anatomy is not None and graph is None:
+        click.echo(anatomy.text, nl=False)
+        return
+    _print(report, as_json)
+    if anatomy is not None:
+        click.echo(f"drew {anatomy.report.name or anatomy.model} into {graph}", err=as_json)
+
+
+def _print(report: Report, as_json: bool) -> None:
     if as_json:
         click.echo(report.to_json())
         return
@@ -53,3 +97,22 @@ def _report(text: str, inputs: tuple[ExampleInput, ...], stage: Stage) -> tuple[
     stage(f"build {text}")
     call = resolve(text, inputs, with_weights=False)
     return api.inspect(call.model, call.args, call.kwargs, progress=stage), call.notes
+
+
+def _anatomy(
+    text: str, inputs: tuple[ExampleInput, ...], wanted: str | None, stage: Stage
+) -> tuple[Report, tuple[str, ...], LayerAnatomy]:
+    """The report, and one layer of it before and after."""
+    if is_saved_program(text):
+        raise click.UsageError(
+            f"{text} is compiled: what its layers were is not in it. Give the model it was compiled from."
+        )
+    stage("load torch")
+    from dsmoe_compiler import api
+    from dsmoe_compiler.anatomy.watch import Anatomist
+    from dsmoe_compiler.cli.one_layer import chosen_layer
+
+    stage(f"build {text}")
+    call, anatomist = resolve(text, inputs, with_weights=False), Anatomist()
+    report = api.inspect(call.model, call.args, call.kwargs, progress=stage, instruments=(anatomist,))
+    return report, call.notes, anatomist.layer(report, chosen_layer(report, wanted))

@@ -12,7 +12,7 @@ The same program captured twice prints the same bytes: no internal name, symbol 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from dsmoe_compiler.ir.type_names import TypeNames
 
 WIDTH = 110  # a longer line has one argument a line
 _UNSAID = ("device", "pin_memory")
+_SCALARS = (int, float, torch.SymInt, torch.SymBool, torch.SymFloat)
 
 
 def print_graph(graph: ProgramGraph, nodes: Iterable[Node] | None = None, modules: bool = False) -> str:
@@ -56,12 +57,31 @@ class LayerNodes:
     results: tuple[Node, ...]
 
 
+@dataclass(frozen=True)
+class LayerText:
+    """A printed layer: its text, and for each value in it how it is called, what type it has, and its line.
+
+    `parameters` gives the name and the type of every parameter that the layer reads.
+    """
+
+    text: str
+    names: Mapping[Node, str]
+    types: Mapping[Node, str]
+    lines: Mapping[Node, str]
+    parameters: Mapping[Node, tuple[str, str]]
+
+
 def print_layer(graph: ProgramGraph, layer: LayerNodes) -> str:
     """One layer alone: its inputs with their types, its values numbered from 0, its results.
 
     Sizes stand where they are used; T is the number of tokens; a parameter's name begins with a dot where the
     layer's own name is left out; assertions are counted, not shown. So layers that are alike print alike.
     """
+    return layer_text(graph, layer).text
+
+
+def layer_text(graph: ProgramGraph, layer: LayerNodes) -> LayerText:
+    """What `print_layer` prints, piece by piece."""
     tokens = layer.inputs[0] if layer.inputs else None
     named = is_tensor(tokens) and len(shape(tokens)) > 1 if tokens is not None else False
     printer = _Printer(graph, prefix=layer.name, inline_sizes=True)
@@ -72,12 +92,17 @@ def print_layer(graph: ProgramGraph, layer: LayerNodes) -> str:
         for size in shape(tokens)[:-1]:
             count = count * size
         printer.types.tokens = count if isinstance(count, torch.SymInt) else None
-    return "\n".join(printer.layer(layer)) + "\n"
+    return printer.layer(layer)
 
 
 def is_assertion(node: Node) -> bool:
     """Whether a node only checks: it has no value."""
     return node.op == "call_function" and node.meta.get("val") is None and not node.users
+
+
+def is_scalar(node: Node) -> bool:
+    """Whether a node's value is a size or what is computed of sizes, not a tensor."""
+    return isinstance(node.meta.get("val"), _SCALARS)
 
 
 @dataclass
@@ -89,19 +114,27 @@ class _Printer:
     types: TypeNames = field(default_factory=TypeNames)
     count: int = 0
 
-    def layer(self, layer: LayerNodes) -> list[str]:
+    def layer(self, layer: LayerNodes) -> LayerText:
         head = f"# layer {layer.name}" if layer.name else "# the whole model"
         if self.types.tokens is not None:
             head += f", T = {self.types.definition} tokens"
-        lines = [head]
-        for i, node in enumerate(n for n in layer.inputs if not self._is_size(n)):
+        lines, types = dict[Node, str](), dict[Node, str]()
+        for i, node in enumerate(n for n in layer.inputs if not is_scalar(n)):
             self.names[node] = f"%x{i or ''}"
-            lines.append(f"{self.names[node]} : {self.types.type(node.meta.get('val'))} = input")
-        shown = [n for n in layer.nodes if not is_assertion(n) and not self._is_size(n)]
-        lines += [line for node in shown if (line := self.line(node)) is not None]
-        if assertions := sum(map(is_assertion, layer.nodes)):
-            lines.append(f"# {assertions} assertion{'s' if assertions > 1 else ''} not shown")
-        return [*lines, f"return {', '.join(self.argument(r) for r in layer.results)}"]
+            types[node] = self.types.type(node.meta.get("val"))
+            lines[node] = f"{self.names[node]} : {types[node]} = input"
+        for node in (n for n in layer.nodes if not is_assertion(n) and not is_scalar(n)):
+            if (line := self.line(node)) is not None:
+                lines[node], types[node] = line, self.types.type(node.meta.get("val"))
+        assertions = sum(map(is_assertion, layer.nodes))
+        unsaid = [f"# {assertions} assertion{'s' * (assertions > 1)} not shown"] if assertions else []
+        results = f"return {', '.join(self.argument(r) for r in layer.results)}"
+        text = "\n".join([head, *lines.values(), *unsaid, results]) + "\n"
+        read = {a: self.graph.parameter(a) for n in layer.nodes for a in n.all_input_nodes}
+        parameters = {
+            a: (self._parameter(p), self.types.type(a.meta.get("val"))) for a, p in read.items() if p
+        }
+        return LayerText(text, self.names, types, lines, parameters)
 
     def line(self, node: Node) -> str | None:
         """The node's line, or None for a parameter, which is printed where it is used."""
@@ -118,15 +151,15 @@ class _Printer:
         return self._call(f"{self.names[node]} : {self.types.type(node.meta.get('val'))} = ", node)
 
     def _call(self, lead: str, node: Node) -> str:
-        if _operator(node).startswith("dsmoe."):
+        if operator_text(node).startswith("dsmoe."):
             return self._own(lead, node)
         arguments = [self.argument(a) for a in node.args]
         arguments += [f"{k}={self.argument(v)}" for k, v in sorted(node.kwargs.items()) if k not in _UNSAID]
-        line = f"{lead}{_operator(node)}({', '.join(arguments)})"
+        line = f"{lead}{operator_text(node)}({', '.join(arguments)})"
         if len(line) <= WIDTH:
             return line
         pieces = [p for a in (*node.args, *node.kwargs.values()) for p in self._wrapped(a, "")]
-        return f"{lead}{_operator(node)}(\n" + _indented(pieces) + ")"
+        return f"{lead}{operator_text(node)}(\n" + _indented(pieces) + ")"
 
     def _own(self, lead: str, node: Node) -> str:
         """One of this compiler's operators: its lists by name, its spec over several lines; empty lists are
@@ -143,7 +176,7 @@ class _Printer:
                 pieces.append("\n".join([f"spec={first}", *others]))
             elif isinstance(value, (list, tuple)) and value:
                 pieces += self._wrapped(value, f"{name}=")
-        opening = f"{lead}{_operator(node)}({', '.join(plain)}"
+        opening = f"{lead}{operator_text(node)}({', '.join(plain)}"
         if len(one := f"{opening}{', ' if plain else ''}{', '.join(pieces)})") <= WIDTH and "\n" not in one:
             return one
         return f"{opening}{',' if plain else ''}\n{_indented(pieces)})"
@@ -165,7 +198,7 @@ class _Printer:
 
     def argument(self, value: Any) -> str:
         if isinstance(value, Node):
-            if self.inline_sizes and self._is_size(value):
+            if self.inline_sizes and is_scalar(value):
                 return self.types.size(value.meta["val"])
             if (parameter := self.graph.parameter(value)) is not None:
                 return self._parameter(parameter)
@@ -188,9 +221,6 @@ class _Printer:
         own = self.prefix and name.startswith(f"{self.prefix}.")
         return f"@{name.removeprefix(self.prefix)}" if own else f"@{name}"
 
-    def _is_size(self, node: Node) -> bool:
-        return isinstance(node.meta.get("val"), (int, torch.SymInt))
-
 
 def _indented(pieces: Sequence[str]) -> str:
     """Each piece on lines of its own, one step in."""
@@ -210,7 +240,8 @@ def _module(graph: ProgramGraph, node: Node, current: str | None) -> str | None:
     return ".".join(path[:-1]) if whole in said and whole != current else whole
 
 
-def _operator(node: Node) -> str:
+def operator_text(node: Node) -> str:
+    """ "topk", "dsmoe.moe": an operator's name as the text says it."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return getattr(node.target, "__name__", str(node.target))

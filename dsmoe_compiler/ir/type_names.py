@@ -1,7 +1,7 @@
 """How the textual IR spells types and sizes: `f32[4*s0, 96]`, the same for the same program.
 
-The symbols of a capture are numbered anew in order of appearance: `s0`, `s1`, … for sizes of the inputs, `u0`,
-`u1`, … for sizes that depend on the data. Where a token count is given, it and its multiples are spelled T.
+The symbols of a capture are numbered anew in order of appearance: `s0`, `s1`, … for sizes of the inputs, and
+`u0`, `u1`, … for sizes that depend on the data. A given count of tokens and its multiples are spelled T.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class TypeNames:
             return f"{dtype_name(value.dtype)}[{', '.join(self.size(s) for s in value.shape)}]"
         if isinstance(value, (list, tuple)):
             return f"({', '.join(self.type(v) for v in value)})"
-        if isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, (int, float, torch.SymInt)):
             return self.size(value)
         return "none" if value is None else type(value).__name__
 
-    def size(self, size: Size) -> str:
+    def size(self, size: Size | float | torch.SymBool | torch.SymFloat) -> str:
         """A size; a product has its number first, then its symbols in order."""
-        if not isinstance(size, torch.SymInt):
+        if not isinstance(size, (torch.SymInt, torch.SymBool, torch.SymFloat)):
             return "end" if size == _END else str(size)
         named = self._renamed(size.node.expr)
         if self.tokens is not None:

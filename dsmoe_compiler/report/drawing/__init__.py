@@ -1,0 +1,1 @@
+"""One layer before and after, drawn: SVG, a page of HTML, Graphviz text."""
