@@ -70,7 +70,9 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    # An import that Ctrl-C breaks off leaves modules without their parts, for good.
+    with import_module(f"{__name__}.interrupt").Deferred():
+        found = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
     globals()[name] = found
     return found
 

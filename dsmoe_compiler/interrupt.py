@@ -17,15 +17,17 @@ Signals reach the main thread only; elsewhere all this does nothing.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from types import CodeType, FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:  # torch is imported under the guard of this module
+    from torch import nn
 
 _Previous = Callable[[int, FrameType | None], Any]
 
@@ -111,10 +113,13 @@ def poll() -> None:
 
 def forwards(module: nn.Module) -> frozenset[CodeType]:
     """The code of every forward in a model, and of the function that a module made of one calls."""
-    found = set[CodeType]()
-    for part in module.modules():
-        for function in (part.forward, getattr(part, "_function", None)):
-            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-            if isinstance(code, CodeType):
-                found.add(code)
-    return frozenset(found)
+    called = [f for part in module.modules() for f in (part.forward, getattr(part, "_function", None))]
+    return frozenset(code for f in called if isinstance(code := _code(f), CodeType))
+
+
+def _code(function: object) -> object:
+    """Of what the decorators and partial applications around it end in calling."""
+    if isinstance(function, functools.partial):
+        return _code(function.func)
+    unwrapped = inspect.unwrap(function) if callable(function) else function
+    return getattr(unwrapped, "__code__", None) if unwrapped is function else _code(unwrapped)

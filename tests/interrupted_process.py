@@ -1,0 +1,132 @@
+"""Interrupt compiles of one process at random moments, and look at what each leaves behind.
+
+    python -m tests.interrupted_process MODEL ROUNDS SEED FOLDER
+
+Ctrl-C is a real SIGINT, sent by another thread after a random part of the time that a compile and a save
+take. Prints one JSON object a round: when, in which stage, how long until the exception arrived, and
+everything that is not as before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dsmoe_compiler as dsmoe
+from tests.process_state import differences, process_state
+from tests.tiny_models import Experts, tiny, tokens
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "layer": (Experts, lambda: torch.randn(5, 16, generator=torch.Generator().manual_seed(1))),
+    "zoo": (tiny, lambda: tokens(2, 5)),
+}
+
+
+class _Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + x  # type: ignore[no-any-return]
+
+
+class _Round:
+    """One model, what it gave before, and a folder that stays empty."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        build, example = MODELS[name]
+        self.model, self.x, self.folder = build(), example(), folder
+        self.plain, self.stage = _Plain(), ""
+        self.before = self.seen()  # also warms up what torch sets up on its first use
+        self.before = self.seen()
+
+    def work(self) -> dsmoe.Program:
+        """What is interrupted."""
+        program = dsmoe.compile(self.model, (self.x,), progress=self._at)
+        self._at("save")
+        program.save(self.folder / "p.pt2")
+        self._at("end")
+        return program
+
+    def _at(self, stage: str) -> None:
+        self.stage = stage
+
+    def seen(self) -> dict[str, Any]:
+        """All that must be as it was."""
+        x = torch.ones(3, 4)
+        exported = torch.export.export(self.plain, (x,))
+        modules = list(self.model.modules())
+        with torch.no_grad():
+            outputs = [self.model(self.x), self.plain(x), exported.module()(x)]
+        return {
+            "outputs": [t.tolist() for t in outputs],
+            "graph": str(exported.graph),
+            "attributes": [{k: id(v) for k, v in vars(m).items()} for m in modules],
+            "members": [[*m._parameters, *m._buffers, *m._modules] for m in modules],
+            "tensors": [(id(p), p.data_ptr(), p.requires_grad, p.is_leaf) for p in self.model.parameters()],
+            "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules],
+            "training": [m.training for m in modules],
+            **process_state(),
+        }
+
+    def interrupted(self, delay: float) -> dict[str, Any]:
+        """Interrupt `work` after so many seconds."""
+        sent = [0.0]
+
+        def send() -> None:
+            sent[0] = time.perf_counter()
+            os.kill(os.getpid(), signal.SIGINT)
+
+        timer, reached = threading.Timer(delay, send), False
+        try:
+            timer.start()
+            self.work()
+            timer.join()
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            reached, arrived = True, time.perf_counter()
+        else:
+            arrived = time.perf_counter()
+        timer.join()
+        files = sorted(p.name for p in self.folder.iterdir())
+        (self.folder / "p.pt2").unlink(missing_ok=True)
+        return {
+            "delay": round(delay, 3),
+            "stage": self.stage,
+            "waited": round(arrived - sent[0], 3),
+            "reached": reached,
+            "left behind": {k: repr(v)[:300] for k, v in differences(self.before, self.seen()).items()},
+            "files": [name for name in files if name != "p.pt2"],
+        }
+
+
+def main(name: str, rounds: str, seed: str, folder: str) -> None:
+    """See above."""
+    each, generator = _Round(name, Path(folder)), random.Random(int(seed))
+    expected, usual = each.work()(each.x), list[float]()
+    for _ in range(3):
+        start = time.perf_counter()
+        each.work()
+        usual.append(time.perf_counter() - start)
+    (each.folder / "p.pt2").unlink()
+    # One moment in each of as many equal parts.
+    for i in range(int(rounds)):
+        delay = min(usual) * (i + generator.random()) / int(rounds)
+        print(json.dumps(each.interrupted(delay)), flush=True)
+    print(json.dumps({"afterwards": each.work()(each.x).equal(expected)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
