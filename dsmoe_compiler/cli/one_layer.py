@@ -18,7 +18,8 @@ from dsmoe_compiler.report.story import WHOLE_MODEL
 def require_drawing_place(path: Path) -> None:
     """Raise InputError unless a drawing can be written at `path`. Leaves nothing there."""
     if path.suffix not in DRAWINGS:
-        raise InputError(f"cannot draw {path}: a drawing's name ends in {' or '.join(DRAWINGS)}")
+        *others, last = DRAWINGS
+        raise InputError(f"cannot draw {path}: a drawing's name ends in {', '.join(others)} or {last}")
     require_text_place(path)
 
 

@@ -17,7 +17,7 @@ from dsmoe_compiler.report.drawing.sketch import Sketch
 from dsmoe_compiler.report.story import WHOLE_MODEL
 
 _MARGIN, _HEADER, _BETWEEN, _INNER, _PANEL_HEAD = 32.0, 64.0, 84.0, 28.0, 54.0
-_LEAST = 560.0  # a narrower picture leaves no room for its heading
+_LEAST = 640.0  # a narrower picture leaves no room for its heading
 _STEP = 17.0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,8 @@ def place(sketch: Sketch) -> Layout:
     left, top = found.bounds["min"]["x"], found.bounds["min"]["y"]
     boxes = {str(key): _box(node, left, top) for key, node in zip(found.ids, found.nodes, strict=True)}
     arrows = tuple(
-        tuple((_round(p["x"] - left), _round(p["y"] - top)) for p in edge["points"]) for edge in found.edges
+        _straight([(_round(p["x"] - left), _round(p["y"] - top)) for p in edge["points"]])
+        for edge in found.edges
     )
     return Layout(
         {card.key: boxes[card.key] for card in sketch.cards},
@@ -90,6 +91,17 @@ def place(sketch: Sketch) -> Layout:
             max([y for a in arrows for _, y in a] + [b.bottom for b in boxes.values()]),
         ),
     )
+
+
+def _straight(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The corners, those that are off a line along an axis by less than a pixel moved onto it."""
+    straight = [points[0]]
+    for x, y in points[1:-1]:
+        before = straight[-1]
+        straight.append(
+            (before[0] if abs(x - before[0]) < 1 else x, before[1] if abs(y - before[1]) < 1 else y)
+        )
+    return (*straight, points[-1])
 
 
 def _box(node: Mapping[str, Any], left: float, top: float) -> Box:

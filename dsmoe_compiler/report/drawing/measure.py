@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dsmoe_compiler.report.drawing.sketch import Card, Section
 
 MONO = 0.605  # the widest advance of the monospaced fonts asked for, in ems
-SANS = 0.58  # the mean advance of a bold sans-serif, in ems, generously
+SANS = 0.7  # the mean advance of a bold sans-serif, in ems: the widest in use
 TITLE, SMALL, HEADING = 13.0, 11.0, 12.0
 LINE, SECTION_GAP = 16.0, 12.0
 PAD_X, PAD_Y, BAR = 12.0, 9.0, 4.0
