@@ -5,25 +5,22 @@ python examples/before_and_after.py
 
 import torch
 
-from dsmoe_compiler import pipeline
-from dsmoe_compiler.capture import capture
-from dsmoe_compiler.ir.graph import ProgramGraph
-from dsmoe_compiler.ir.printer import print_graph
+import dsmoe_compiler as dsmoe
+from dsmoe_compiler.anatomy.watch import Anatomist
 from dsmoe_compiler.models import zoo
-from dsmoe_compiler.passes.normalize import Normalize
 
 
 def main() -> None:
     """Print the layer as captured and normalized, then after all passes."""
     layer = zoo.build("deepseek-moe-tiny").model.layers[1].mlp
-    captured = capture(layer, (torch.randn(2, 7, 96),))
-    graph = ProgramGraph(captured.exported)
-    pipeline.run(graph, (Normalize(),), "off")
+    anatomist = Anatomist()
+    report = dsmoe.inspect(layer, (torch.randn(2, 7, 96),), instruments=(anatomist,))
+    anatomy = anatomist.layer(report, report.layers[0].name)
+    assert anatomy.after is not None
     print("# before")
-    print(print_graph(graph))
-    pipeline.run(graph, pipeline.DEFAULT, "numeric")
+    print(anatomy.before.text)
     print("# after")
-    print(print_graph(graph), end="")
+    print(anatomy.after.text, end="")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ def test_some_nodes_alone() -> None:
 def whole_layer(graph: ProgramGraph) -> LayerNodes:
     """All of a captured layer that stands alone."""
     calls = tuple(node for node in graph.nodes if node.op == "call_function")
-    (result,) = graph.nodes[-1].args[0]
-    return LayerNodes("", tuple(graph.user_inputs()), calls, (result,))
+    return LayerNodes("", tuple(graph.user_inputs()), calls, tuple(graph.nodes[-1].all_input_nodes))
 
 
 def test_a_fused_layer_takes_a_dozen_lines() -> None:

@@ -55,7 +55,8 @@ def _node(side: str, card: Card) -> str:
     for section in card.sections:
         lines += ["", section.heading, *(f"  {line}" for line in (*section.lines, *section.code))]
     label = "".join(f"{_escaped(line)}\\l" for line in lines)
-    colour = _LOST if card.lost else _COLOURS.get(card.role or "", _PLAIN)
+    role = card.role if card.kind == "operator" else None
+    colour = _LOST if card.lost else _COLOURS.get(role or "", _PLAIN)
     line = ", penwidth=2" if card.lost or card.copies > 1 else ""
     return f'{_id(side, card.key)} [label="{label}", color="{colour}"{line}];'
 

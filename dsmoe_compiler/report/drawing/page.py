@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from dsmoe_compiler.report.drawing.compose import compose
-from dsmoe_compiler.report.drawing.layer_graph import MEANING, ROLES, LayerAnatomy
+from dsmoe_compiler.report.drawing.layer_graph import MEANING, ROLES, LayerAnatomy, LayerGraph
 from dsmoe_compiler.report.drawing.palette import PAGE_STYLE
 from dsmoe_compiler.report.drawing.svg import svg
 from dsmoe_compiler.report.story import WHOLE_MODEL
@@ -46,15 +46,17 @@ view.onpointerdown = event => {
 view.onpointermove = event => held && view.scrollTo(held[0] - event.clientX, held[1] - event.clientY);
 view.onpointerup = view.onpointercancel = () => held = null;
 fit();
+const lost = drawing.querySelector('.lost');
+if (lost) view.scrollTop = lost.getBoundingClientRect().top - view.getBoundingClientRect().top - 200;
 """
 
 
 def page(anatomy: LayerAnatomy) -> str:
     """The layer as one HTML document."""
     name = anatomy.report.name or WHOLE_MODEL
-    sides = [("Before", anatomy.before.text)]
+    sides = [("Before", anatomy.before)]
     if anatomy.after is not None:
-        sides.append(("After", anatomy.after.text))
+        sides.append(("After", anatomy.after))
     return "\n".join(
         [
             "<!doctype html>",
@@ -69,8 +71,8 @@ def page(anatomy: LayerAnatomy) -> str:
             *_drawing(anatomy),
             '<section class="texts">',
             *(
-                f"<figure><figcaption>{title}</figcaption><pre>{_marked(t)}</pre></figure>"
-                for title, t in sides
+                f"<figure><figcaption>{title}</figcaption><pre>{_text_of(side)}</pre></figure>"
+                for title, side in sides
             ),
             "</section>",
             "</main>",
@@ -95,7 +97,6 @@ def _facts(anatomy: LayerAnatomy) -> Iterable[str]:
         ("spelling", report.idiom),
         ("source", report.source),
         ("operators on data", operators),
-        ("refused", str(report.refusal) if report.refusal else ""),
         *(("remark", remark) for remark in report.remarks),
     ]
     yield '<dl class="facts">'
@@ -111,6 +112,15 @@ def _drawing(anatomy: LayerAnatomy) -> Iterable[str]:
     yield '<button name="in" aria-label="larger">+</button><button name="fit">fit</button>'
     yield '<button name="one">1:1</button></div>'
     yield f'<div class="view" tabindex="0">{svg(compose(anatomy, heading=False))}</div></section>'
+
+
+def _text_of(graph: LayerGraph) -> str:
+    """A layer's text; the line where understanding ended stands out."""
+    lost = next((operator.line for operator in graph.operators if operator.lost), None)
+    if lost is None:
+        return _marked(graph.text)
+    before, line, after = graph.text.partition(f"\n{lost}\n")
+    return f"{_marked(before)}\n<mark>{_marked(line[1:-1])}</mark>\n{_marked(after)}"
 
 
 def _marked(text: str) -> str:

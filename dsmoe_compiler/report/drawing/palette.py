@@ -77,6 +77,8 @@ figcaption{{font-weight:600;margin-bottom:6px}}
 pre{{margin:0;padding:14px 16px;overflow:auto;max-height:80vh;background:var(--panel);
 border:1px solid var(--rule);border-radius:10px;font:12px/1.55 {_MONO}}}
 pre b{{font-weight:400}}
+pre mark{{background:none;color:inherit;outline:1px solid var(--lost);
+outline-offset:3px;border-radius:3px}}
 pre .comment{{color:var(--muted)}}
 pre .parameter{{color:var(--experts)}}
 pre .value{{color:var(--router)}}
