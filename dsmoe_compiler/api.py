@@ -316,6 +316,7 @@ def _lowered(captured: Captured, report: Report, backend: Backend, progress: Pro
     start = time.perf_counter()
     before = len(captured.exported.graph.nodes)
     program = Program(captured.exported, captured.call, captured.outputs, report, backend)
+    program.prepare()
     nodes = len(program.module.graph.nodes)
     lowering = PassReport("lower", time.perf_counter() - start, before, nodes, nodes != before, None)
     return program.with_report(replace(report, passes=(*report.passes, lowering)))

@@ -30,7 +30,7 @@ from dsmoe_compiler.report.report import Report
 from dsmoe_compiler.runtime.lower import Backend, choose, lower
 from dsmoe_compiler.runtime.straight_line import straight_line
 from dsmoe_compiler.storages import Plan, content, memory, plain
-from dsmoe_compiler.turns import TURN
+from dsmoe_compiler.turns import TURN, turn
 
 _TRACES = ("stack_trace", "source_fn_stack", "torch_fn")
 _STATE, _CONSTANTS = "state:", "constant:"  # before a tensor's name, by where the program keeps it
@@ -68,6 +68,10 @@ class Program:
         """The runnable form, its layers run by the backend."""
         return self._built("_module", lambda: lower(self.exported, self.backend))
 
+    def prepare(self) -> None:
+        """Do now what the first call would do."""
+        _ = self._run
+
     @property
     def _run(self) -> Callable[..., Any]:
         return self._built("_function", lambda: straight_line(self.module))
@@ -75,7 +79,7 @@ class Program:
     def _built(self, name: str, build: Callable[[], _Built]) -> _Built:
         """What `build` makes, once; not while another thread traces, which changes what modules do."""
         if name not in self.__dict__:
-            with TURN:
+            with TURN, Deferred():
                 if name not in self.__dict__:
                     self.__dict__[name] = build()
         built: _Built = self.__dict__[name]
@@ -97,6 +101,7 @@ class Program:
             tensors = _tensors(self.exported)
             plan, storages = Plan.of(tensors)
             record = {
+                "torch": str(torch.__version__),
                 "call": {**asdict(self.call), "defaults": dict(self.call.defaults)},
                 "outputs": asdict(self.outputs),
                 "report": json.loads(self.report.to_json()),
@@ -117,12 +122,15 @@ def load(path: str | os.PathLike[str], *, backend: str = "auto") -> Program:
     """A program saved by `Program.save`. Raises LoadError when the file is missing, damaged or another's."""
     path = Path(path)
     with Deferred(), archive.opened(path) as file:
+        writer = "of another version"
         try:
             record = json.loads(zlib.decompress(file.read("record")))
+            writer = record["torch"]
+            exported = _exported(zlib.decompress(file.read("graph")))
             plan = Plan.from_json(record["weights"])
             spans = [torch.empty(span.size, dtype=torch.uint8) for span in plan.spans]
             file.fill((f"weights {i}", memory(t)) for i, t in enumerate(spans))
-            exported = _exported(zlib.decompress(file.read("graph")), plan.tensors(spans))
+            _fill(exported, plan.tensors(spans))
             call = record["call"]
             names, keywords = tuple(call["names"]), tuple(call["keywords"])
             signature = CallSignature(names, call["positional"], keywords, call["defaults"], call["exact"])
@@ -131,8 +139,9 @@ def load(path: str | os.PathLike[str], *, backend: str = "auto") -> Program:
         except LoadError:
             raise
         except Exception as e:  # whole, but made with another version of torch or for another machine
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            raise LoadError(f"{path}: cannot be read here ({reason[:120]}); compile and save it again") from e
+            reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
+            versions = f"written with torch {writer}, this is torch {torch.__version__}"
+            raise LoadError(f"{path}: cannot be read here: {reason} ({versions}); save it again") from e
         return Program(exported, signature, outputs, report, choose(backend, exported))
 
 
@@ -148,7 +157,7 @@ def _graph(exported: ExportedProgram, tensors: Iterable[str]) -> bytes:
     small._state_dict = _emptied(exported.state_dict, _STATE, tensors)
     small._constants = _emptied(exported.constants, _CONSTANTS, tensors)
     small._example_inputs = None  # the user's data
-    with TURN, _without_traces(exported), silenced("torch.export"):
+    with turn(), _without_traces(exported), silenced("torch.export"):
         torch.export.save(small, buffer)
     return buffer.getvalue()
 
@@ -163,14 +172,17 @@ def _empty(t: Tensor) -> Tensor:
     return torch.nn.Parameter(empty, t.requires_grad) if isinstance(t, torch.nn.Parameter) else empty
 
 
-def _exported(graph: bytes, tensors: Mapping[str, Tensor]) -> ExportedProgram:
-    """The inverse of `_graph`, given the tensors left out."""
-    with TURN, silenced("torch.export"):
-        exported = torch.export.load(io.BytesIO(graph))
+def _exported(graph: bytes) -> ExportedProgram:
+    """The inverse of `_graph`, still without the tensors left out."""
+    with turn(), silenced("torch.export"):
+        return torch.export.load(io.BytesIO(graph))
+
+
+def _fill(exported: ExportedProgram, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors where they were left out."""
     for name, tensor in tensors.items():
         values = exported.state_dict if name.startswith(_STATE) else exported.constants
         values[name.removeprefix(_STATE).removeprefix(_CONSTANTS)] = tensor
-    return exported
 
 
 @contextmanager

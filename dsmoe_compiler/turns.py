@@ -11,6 +11,23 @@ Whoever waits for its turn can be interrupted. A compiled program runs without o
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dsmoe_compiler.interrupt import poll
 
 TURN = threading.RLock()
 """Held by compile and inspect, and by load, save and a program's first call while torch works for them."""
+
+_PATIENCE = 0.1  # seconds between looks at whether the user pressed Ctrl-C
+
+
+@contextmanager
+def turn() -> Iterator[None]:
+    """`TURN`, for whoever has deferred Ctrl-C and so must look for it while waiting."""
+    while not TURN.acquire(timeout=_PATIENCE):
+        poll()
+    try:
+        yield
+    finally:
+        TURN.release()

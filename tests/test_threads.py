@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import dsmoe_compiler as dsmoe
 from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.ir.printer import print_graph
+from dsmoe_compiler.turns import TURN
 from tests.process_state import differences, process_state
 from tests.tiny_models import Experts, relative, tiny, tokens
 
@@ -169,6 +170,24 @@ def test_a_loaded_programs_first_call_waits_for_no_wrong_moment(tmp_path: Path) 
     work = [partial(run, p, x_TD) for p in programs for _ in "ab"]
     _, *found = together(lambda: dsmoe.compile(tiny(), (ids_BL,)), *work)
     assert all(t.equal(expected) for t in found)
+
+
+def test_lowering_waits_for_its_turn_and_running_does_not(tmp_path: Path) -> None:
+    """As a thread in `compile` would, this one holds the turn."""
+    program = dsmoe.compile(Experts(), (x_TD,), verify="off")
+    program.save(tmp_path / "p.pt2")
+    loaded, done = dsmoe.load(tmp_path / "p.pt2"), list[Tensor]()
+    with TURN:
+        first = threading.Thread(target=lambda: done.append(run(loaded, x_TD)))
+        first.start()
+        first.join(0.5)
+        assert done == []
+        lowered = threading.Thread(target=lambda: done.append(run(program, x_TD)))
+        lowered.start()
+        lowered.join(30)
+        assert len(done) == 1
+    first.join(30)
+    assert done[0].equal(done[1])
 
 
 def test_programs_run_side_by_side() -> None:
