@@ -161,6 +161,10 @@ def test_every_option_is_spelled_out() -> None:
     assert print_pipeline((Plain(), Rich())) == wanted
 
 
+def test_text_stays_readable() -> None:
+    assert 'label="zwei Wörter"' in print_pipeline((Rich(label="zwei Wörter"),))
+
+
 def test_options_name_type_and_default() -> None:
     assert [str(option) for option in options(Rich)] == [
         "count : int = 4",

@@ -18,6 +18,7 @@ from click.testing import Result
 
 from dsmoe_compiler import pipeline
 from dsmoe_compiler.cli.model_argument import ModelCall, resolve
+from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.ir.passes import Pass, PassLog
 from tests.cli.fakes import run, wrong
@@ -114,7 +115,7 @@ def test_one_layer_is_printed_as_it_stands_in_the_whole() -> None:
     whole = told().stdout.splitlines()
     assert values and set(values) < set(whole)
     assert sum("dsmoe.experts(" in line for line in part) == 1
-    assert not any("dsmoe.moe(" in line for line in part)
+    assert not any("dsmoe.moe(" in line or "cumsum(" in line for line in part), "of layers 0 and 2"
 
 
 def test_an_unknown_layer_is_one_line() -> None:
@@ -328,6 +329,19 @@ def test_numbers_of_a_model_without_weights_are_one_line(here: Path) -> None:
         "zoo.example_inputs('deepseek-moe-tiny', 'meta')\n"
     )
     assert "bare:build is on the meta device" in wrong("opt", "bare:build", "--verify=numeric")
+
+
+def test_capture_is_done_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    def optimize(*_: object, capture: str, **__: object) -> None:
+        asked.append(capture)
+        raise InputError("enough")
+
+    monkeypatch.setattr("dsmoe_compiler.api.optimize", optimize)
+    for arguments in ((), ("--capture=as_written",)):
+        assert wrong("opt", MODEL, *arguments) == "enough"
+    assert asked == ["auto", "as_written"]
 
 
 def test_verify_off_checks_nothing() -> None:
