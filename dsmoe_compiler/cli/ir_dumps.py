@@ -85,7 +85,7 @@ class DumpFolder:
         path = self.folder / f"{self._count:02}_{moment}_{step}.txt"
         self._count += 1
         try:
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         except OSError as e:
             raise InputError(f"cannot write {path}: {e.strerror}; choose another --ir-tree-dir") from e
 

@@ -120,7 +120,7 @@ def opt(
     finally:
         _print_watched(watched, None if as_json else remarks)
     if output is not None:
-        output.write_text(done.ir)
+        output.write_text(done.ir, encoding="utf-8")
     if as_json:
         click.echo(json.dumps(_record(done, watched, remarks or "all", output), indent=2))
         return
