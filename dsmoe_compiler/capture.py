@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import CodeType
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -37,6 +38,7 @@ from dsmoe_compiler.outputs import Structure
 from dsmoe_compiler.preserve import buffers_kept, preserved
 from dsmoe_compiler.quiet import silenced
 from dsmoe_compiler.resize import resized
+from dsmoe_compiler.symbolic_int import Codes, keep_symbolic
 
 CaptureMode = Literal["auto", "as_written"]
 _Spec = TypeVar("_Spec", InputSpec, OutputSpec)
@@ -100,7 +102,7 @@ def capture(
     failures: list[Exception] = []
     for attempt in _attempts(module, example, dynamic_shapes, mode):
         try:
-            exported, outputs, assumed = _traced_with_or_without_last(module, attempt)
+            exported, outputs, assumed = _traced_as_written(module, attempt)
             Inputs(exported, call).bind(*example)
             return Captured(exported, call, outputs, attempt.how(assumed), assumed)
         except CaptureError:
@@ -154,20 +156,35 @@ class _Stopped(Exception):
 _Traced: TypeAlias = tuple[ExportedProgram, Structure, tuple[Assumption, ...]]
 
 
-def _traced_with_or_without_last(module: nn.Module, attempt: _Attempt) -> _Traced:
-    """Loops over hit experts go over every index; all but the last where there are fewer weights."""
-    unrolling = Unrolling()
-    try:
-        return _traced(module, attempt, unrolling)
-    except IndexError:
-        if not unrolling.assumed:
+def _traced_as_written(module: nn.Module, attempt: _Attempt) -> _Traced:
+    """Loops over hit experts go over every index, all but the last where there are fewer weights; functions
+    that make a number of a size that varies are traced once more with a symbol.
+    """
+    traced: _Traced | None = None
+    symbolic, skip_last = set[CodeType](), False
+    while True:
+        unrolling = Unrolling(skip_last)
+        try:
+            traced = _traced(module, attempt, unrolling, symbolic)
+        except IndexError:
+            if unrolling.assumed and not skip_last:
+                skip_last = True
+                continue
             raise
-        return _traced(module, attempt, Unrolling(skip_last=True))
+        except Exception:
+            if unrolling.baked <= symbolic:
+                if traced is not None:  # not all that one can do with a number works with a symbol
+                    return traced
+                raise
+        if unrolling.baked <= symbolic:
+            assert traced is not None
+            return traced
+        symbolic |= unrolling.baked
 
 
-def _traced(module: nn.Module, attempt: _Attempt, unrolling: Unrolling) -> _Traced:
+def _traced(module: nn.Module, attempt: _Attempt, unrolling: Unrolling, symbolic: Codes = ()) -> _Traced:
     """The graph, the structure of its outputs, and what was assumed; the module, its configurations and
-    torch's settings put back.
+    torch's settings put back. Functions whose code is in `symbolic` keep sizes symbolic.
     """
     structures: list[Structure] = []
 
@@ -182,6 +199,7 @@ def _traced(module: nn.Module, attempt: _Attempt, unrolling: Unrolling) -> _Trac
         warnings.filterwarnings("ignore", "The tensor attribute")  # set in forward: it is taken back
         prepare_configs(module, attempt.experts)
         keep_in_place(module)
+        keep_symbolic(module, symbolic)
         module.forward = _stopping(module.forward, attempt.kwargs, unrolling)
         module.register_forward_hook(take_apart)
         try:

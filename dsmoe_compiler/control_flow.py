@@ -29,7 +29,7 @@ import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, TypeAlias, TypeVar, cast
 
 import sympy
@@ -74,6 +74,7 @@ _SAME_NUMBERS = frozenset(
         *("squeeze", "unsqueeze", "select", "__getitem__", "item"),
     }
 )
+_MOVES = frozenset({"t", "transpose", "permute", "expand", "scatter_", "scatter"})
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,12 @@ class Unrolling(TorchFunctionMode):
         super().__init__()
         self.skip_last = skip_last
         self.asks_value = False
+        self.baked = set[
+            CodeType
+        ]()  # functions of the user's whose int(…) made a number of a size that varies
         self._assumed: dict[Assumption, None] = {}
         self._known: _OfTensors[Tensor] = WeakIdKeyDictionary()  # its values, on the CPU
+        self._flags: _OfTensors[bool] = WeakIdKeyDictionary()  # whether its numbers are 0 and 1
         self._counts: _OfTensors[bool] = WeakIdKeyDictionary()  # whether its numbers count something
         self._widths: _OfTensors[int] = WeakIdKeyDictionary()  # how many classes its ids are chosen from
         self._branches: _OfTensors[bool] = WeakIdKeyDictionary()  # what it is where an expert has tokens
@@ -120,7 +125,10 @@ class Unrolling(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         tensor = args[0] if args and isinstance(args[0], Tensor) else None
         if tensor is None:
-            return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+            if name == "zeros" and isinstance(made, Tensor) and not made.is_floating_point():
+                self._flags[made] = True
+            return made
         if name in _FOLLOWS and tensor in self._known:
             return self._follow(func, name, tensor, args[1:], kwargs)
         answer = self._answer(name, tensor, args, kwargs)
@@ -128,6 +136,8 @@ class Unrolling(TorchFunctionMode):
             return answer[0]
         if name == "__bool__":
             return self._value(func, tensor)
+        if (name == "__int__" and _constant(tensor) is None) or (name == "__len__" and _is_unknown(tensor)):
+            self.baked.update(_callers_of_int())  # Python wants a number; it may do with a symbol
         result = func(*args, **kwargs)
         self._learn(name, tensor, args, result)
         return result
@@ -195,11 +205,14 @@ class Unrolling(TorchFunctionMode):
                 self._branches[result] = answer
         elif not result.is_floating_point() and not result.is_complex():
             width = tensor.shape[-1] if name == "argmax" else self._widths.get(tensor)
-            if isinstance(width, int) and name in (*_SAME_NUMBERS, "argmax", "t", "transpose", "permute"):
+            if isinstance(width, int) and name in (*_SAME_NUMBERS, *_MOVES, "argmax"):
                 self._widths[result] = width
-            sums = name == "sum" and not tensor.is_floating_point()
-            again = name in (*_SAME_NUMBERS, "cumsum") and tensor in self._counts
-            if name in ("bincount", "count_nonzero") or sums or again:
+            moved = name in (*_SAME_NUMBERS, *_MOVES)
+            flags = tensor.dtype == torch.bool or tensor in self._flags
+            if name in ("one_hot", "new_zeros", "zeros_like") or (flags and moved):
+                self._flags[result] = True
+            again = tensor in self._counts and (moved or name in ("cumsum", "sum"))
+            if name in ("bincount", "count_nonzero") or (name == "sum" and flags) or again:
                 self._counts[result] = True
 
     def _with_tokens(self, name: str, tensor: Tensor, args: tuple[Any, ...]) -> bool | None:
@@ -254,7 +267,8 @@ class Unrolling(TorchFunctionMode):
 
     def _traced(self, values: Tensor, device: torch.device) -> Tensor:
         """A constant of the traced program with these values, remembered."""
-        made = torch.tensor(values.tolist(), dtype=values.dtype, device=device)
+        where = torch.device("cpu") if device.type == "meta" else device  # there it would have no values
+        made = torch.tensor(values.tolist(), dtype=values.dtype, device=where)
         self._known[made] = values
         return made
 
@@ -330,6 +344,11 @@ def _rows_regrouped(tensor: Tensor, sizes: tuple[Any, ...]) -> tuple[Any, ...] |
     return (*sizes[:-1], tensor.shape[1])
 
 
+def _is_unknown(tensor: Tensor) -> bool:
+    """Whether the tensor's length depends on data."""
+    return tensor.dim() > 0 and depends_on_data(tensor.shape[0])
+
+
 def _constant(tensor: Tensor) -> Tensor | None:
     """The values of a tensor that tracing knows, as torch records them."""
     return getattr(tensor, "constant", None)
@@ -369,22 +388,44 @@ def sizes_assumed(environment: ShapeEnv, mode: Unrolling) -> Iterator[None]:
     @functools.wraps(evaluate)
     def answer(expression: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
         try:
-            return evaluate(expression, *args, **kwargs)
+            found = evaluate(expression, *args, **kwargs)
         except Exception as e:
+            if not isinstance(expression, sympy.logic.boolalg.Boolean):
+                mode.baked.update(_callers_of_int())
             if mode.asks_value or "data-dependent" not in str(e).lower():
                 raise
-            found = _about_tokens(expression)
-            if found is None:
+            assumed = _about_tokens(expression)
+            if assumed is None:
                 raise
-            text, truth = found
+            text, truth = assumed
             mode.assume(text)
             return sympy.true if truth else sympy.false
+        if not isinstance(expression, sympy.logic.boolalg.Boolean):
+            mode.baked.update(_callers_of_int())
+        return found
 
     environment.evaluate_expr = answer  # type: ignore
     try:
         yield
     finally:
         del environment.evaluate_expr
+
+
+def _callers_of_int() -> list[CodeType]:
+    """Of an `int(…)` or `len(…)` in the user's code, the function that holds it and those that called it, up
+    to the next operator or module; none if it is no such call.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    below, codes = "", list[CodeType]()
+    while frame is not None:
+        if not _is_of_torch_or_ours(frame.f_code.co_filename):
+            if not codes and below not in ("__int__", "__len__", "__torch_function__"):
+                return []
+            codes.append(frame.f_code)
+        elif codes:
+            break
+        below, frame = frame.f_code.co_name, frame.f_back
+    return codes
 
 
 def _about_tokens(expression: sympy.Basic) -> tuple[str, bool] | None:

@@ -52,7 +52,9 @@ def pack(parts: Sequence[Tensor], program: Iterable[Any] = ()) -> Tensor | None:
 def _own_their_memory(parts: Sequence[Tensor], program: Iterable[Any]) -> bool:
     """Whether each part is all there is in its storage, and nothing else of the program is."""
     plain = all(type(p) in (Tensor, nn.Parameter) and p.is_contiguous() for p in parts)
-    if not plain or any(p.is_inference() or p.untyped_storage().is_shared() for p in parts):
+    if not plain or len({id(p) for p in parts}) < len(parts):
+        return False
+    if any(p.is_inference() or p.untyped_storage().is_shared() for p in parts):
         return False
     if any(p.untyped_storage().nbytes() != p.numel() * p.element_size() for p in parts):
         return False

@@ -169,12 +169,27 @@ class _Loop(nn.Module):
         return out
 
 
-def test_a_data_dependent_loop_ends_in_one_quiet_line(capfd: pytest.CaptureFixture[str]) -> None:
+class _Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+def test_a_data_dependent_loop_is_captured_and_fused(capfd: pytest.CaptureFixture[str]) -> None:
+    model = _Loop()
+    program = dsmoe.compile(model, (x_TD,))
+    assert program.report.fused == 1
+    assert relative(program(x_TD), model(x_TD)) < 1e-6
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_data_dependent_branch_ends_in_one_quiet_line(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(dsmoe.CaptureError) as caught:
-        dsmoe.compile(_Loop(), (x_TD,))
+        dsmoe.compile(_Branch(), (x_TD,))
     message = str(caught.value)
     assert "\n" not in message
-    assert "_Loop at test_capture.py:" in message and "for e in hit.sum((-1, -2)).nonzero():" in message
+    assert "_Branch at test_capture.py:" in message and "if x.sum() > 0:" in message
     assert message.endswith("remove the branch or the loop over data")
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
@@ -184,7 +199,7 @@ def test_torchs_loggers_are_put_back() -> None:
     names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export")
     before = [logging.getLogger(name).level for name in names]
     with pytest.raises(dsmoe.CaptureError):
-        dsmoe.compile(_Loop(), (x_TD,))
+        dsmoe.compile(_Branch(), (x_TD,))
     assert [logging.getLogger(name).level for name in names] == before
 
 
