@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable
 from torch.fx import Graph, Node
 
 from dsmoe_compiler.ir.graph import ProgramGraph, dtype, is_tensor, module_path
-from dsmoe_compiler.ir.printer import LayerNodes, is_assertion, is_scalar
+from dsmoe_compiler.ir.printer import LayerNodes, is_assertion, is_scalar, operator_text
+
+_NEAR = 120  # as many operators as one still reads in a picture
 
 
 def computed_between(
@@ -26,11 +28,43 @@ def computed_between(
     return _layer(graph, nodes, found, layer, tokens, (result,))
 
 
-def within_module(graph: ProgramGraph, nodes: Collection[Node], layer: str) -> LayerNodes:
-    """Everything that was made in a module, or in the whole model."""
+def within_module(graph: ProgramGraph, nodes: Collection[Node], layer: str, lost: Node | None) -> LayerNodes:
+    """Everything that was made in a module; of a layer that has none, what is nearest to where understanding
+    ended.
+    """
     found = {n for n in nodes if n.op == "call_function" and _within(n, layer)}
+    if not module_of(layer) and lost is not None:
+        found = _nearest(found, lost)
     results = [n for n in nodes if n in found and is_tensor(n) and any(u not in found for u in n.users)]
-    return _layer(graph, nodes, found, layer, None, tuple(results))
+    return _layer(graph, nodes, found, layer, _routed(graph, nodes, found), tuple(results))
+
+
+def _nearest(found: set[Node], lost: Node) -> set[Node]:
+    """At most `_NEAR` of the values, those fewest steps from the lost one."""
+    near, ring = {lost: None}, [lost]
+    while ring and len(near) < _NEAR:
+        steps = [n for at in ring for n in (*at.all_input_nodes, *at.users) if n in found and n not in near]
+        ring = list(dict.fromkeys(steps))[: _NEAR - len(near)]
+        near |= dict.fromkeys(ring)
+    return set(near)
+
+
+def _routed(graph: ProgramGraph, nodes: Iterable[Node], found: set[Node]) -> Node | None:
+    """The value from outside that experts are chosen for: the nearest one behind a top-k."""
+    ring = [n for n in nodes if n in found and selects(n)]
+    seen = set(ring)
+    while ring:
+        ring = [a for n in ring for a in n.all_input_nodes if not is_scalar(a) and a not in seen]
+        outside = [a for a in ring if a not in found and graph.parameter(a) is None and is_tensor(a)]
+        if outside:
+            return outside[0]
+        seen |= set(ring)
+    return None
+
+
+def selects(node: Node) -> bool:
+    """Whether a node chooses: a top-k or an argmax."""
+    return node.op == "call_function" and operator_text(node) in ("topk", "argmax")
 
 
 def module_of(layer: str) -> str:

@@ -8,14 +8,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import networkx as nx
+import torch
 from torch.fx import Node
 
+from dsmoe_compiler.anatomy.region import selects
 from dsmoe_compiler.ir.graph import ProgramGraph, is_tensor, shape
-from dsmoe_compiler.ir.printer import is_scalar, operator_text
+from dsmoe_compiler.ir.printer import is_scalar
 from dsmoe_compiler.report.drawing.layer_graph import Role
 
-_SELECTORS = ("topk", "argmax")
-_WEIGHING = frozenset({"sum", "div", "mul", "add", "clamp", "to", "softmax", "sigmoid"})
 _SEVERAL = 3
 
 
@@ -62,26 +62,36 @@ def without_combine(graph: ProgramGraph, nodes: Collection[Node]) -> Landmarks:
     """Landmarks of a layer that was not understood: what selects routes; parameters that are stacked, that
     only selected rows meet, or of which there are several alike, are the experts'.
     """
-    selectors = [n for n in nodes if any(s in str(n.target) for s in _SELECTORS)]
+    selectors = [n for n in nodes if selects(n)]
     routing = [u for s in selectors for u in s.users if "getitem" in str(u.target)] or selectors
-    for node in nodes:  # weights are often divided by their sum, or scaled
-        if operator_text(node) in _WEIGHING and all(a in routing for a in node.all_input_nodes):
-            routing.append(node)
     flow = _flow(nodes)
-    routed = _with_descendants(flow, routing)
     before = _with_ancestors(flow, routing)
+    for node in nodes:  # weights are often picked by the ids, divided by their sum, scaled
+        below = [a for a in node.all_input_nodes if not is_scalar(a)]
+        routed = bool(below) and all(a in before and a.op == "call_function" for a in below)
+        if routed and node not in before and _floats(node) and _has_parameters(graph, flow, node):
+            routing.append(node)
+            before.add(node)
+    chosen = _with_descendants(flow, routing)
     given = {a for n in nodes for a in n.all_input_nodes if a.op == "placeholder" and is_tensor(a)}
     read = {a for a in given if graph.parameter(a) is not None}
     stacked = {a for a in given if len(shape(a)) > 2 and a not in before}
-    met = {a for n in nodes if n in routed for a in n.all_input_nodes if a in read and a not in before}
+    met = {a for n in nodes if n in chosen for a in n.all_input_nodes if a in read and a not in before}
     families = Counter(_family(graph, a) for a in read)
     several = {a for a in read if families[_family(graph, a)] >= _SEVERAL}
     return Landmarks(tuple(routing), frozenset(stacked | met | several - before), None)
 
 
+def _floats(node: Node) -> bool:
+    """Whether a node's value, or the first of them, is a floating tensor."""
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return isinstance(first, torch.Tensor) and first.is_floating_point()
+
+
 def _family(graph: ProgramGraph, parameter: Node) -> str:
     """A parameter's name without its numbers."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "#", graph.parameter(parameter) or "")
+    return re.sub(r"(?<=[._])\d+(?=\.)", "#", graph.parameter(parameter) or "")
 
 
 def _flow(nodes: Collection[Node]) -> nx.DiGraph[Node]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch.fx import Node
 
 from dsmoe_compiler.anatomy.describe import describe
-from dsmoe_compiler.anatomy.region import computed_between, copy_of, module_of, within_module
+from dsmoe_compiler.anatomy.region import computed_between, copy_of, within_module
 from dsmoe_compiler.anatomy.roles import Landmarks, roles_of, without_combine
 from dsmoe_compiler.instrument import PassRun
 from dsmoe_compiler.ir import ops
@@ -114,7 +114,7 @@ class Anatomist:
     def _refused(self, name: str) -> LayerGraph:
         graph = self._graph
         assert graph is not None
-        layer = within_module(graph, self._before.values(), module_of(name))
         refusal = self._facts[name].refusal
         lost = self._before.get(refusal.node) if refusal else None
+        layer = within_module(graph, self._before.values(), name, lost)
         return describe(graph, layer, roles_of(graph, layer.nodes, without_combine(graph, layer.nodes)), lost)

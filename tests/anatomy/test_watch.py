@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsmoe_compiler import api
 from dsmoe_compiler.anatomy.watch import Anatomist
@@ -84,3 +85,27 @@ def test_a_router_left_as_written_is_part_of_what_became() -> None:
     after = anatomist.layer(report, found.name).after
     assert after is not None
     assert role_of(after, "topk") == ["router"] and "dsmoe.experts" in [o.operator for o in after.operators]
+
+
+def test_a_layer_without_a_module_is_what_lies_around_where_it_ended() -> None:
+    def model(x_TD: Tensor, gate_ED: Tensor, up_EDF: Tensor) -> Tensor:
+        before = x_TD
+        for _ in range(150):
+            before = torch.tanh(before)
+        weights_TK, ids_TK = (before @ gate_ED.T).softmax(-1).topk(2, dim=-1)
+        rows = torch.einsum("td,tkdf->tkf", before, up_EDF[ids_TK]).cumsum(-1)
+        after = (rows * weights_TK[..., None]).sum(1)
+        for _ in range(150):
+            after = torch.tanh(after)
+        return after
+
+    anatomist = Anatomist()
+    given = (torch.randn(5, 8), torch.randn(4, 8), torch.randn(4, 8, 6))
+    report = api.inspect(model, given, instruments=(anatomist,))
+    (found,) = report.layers
+    assert not found.name and not found.fused
+    before = anatomist.layer(report, found.name).before
+    assert 50 < len(before.operators) <= 120 and [o.lost for o in before.operators].count(True) == 1
+    assert {"topk", "einsum", "cumsum", "sum"} <= {operator.operator for operator in before.operators}
+    assert role_of(before, "einsum") == ["experts"] and role_of(before, "topk") == ["router"]
+    assert before.inputs[0].type.startswith("f32[") and before.inputs[0].name == "%x"

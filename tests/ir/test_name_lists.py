@@ -20,6 +20,12 @@ def test_two_lists_one_after_the_other() -> None:
     assert fold_names(both) == ["experts.{0..3}.w1.weight", "experts.{0..3}.w3.weight"]
 
 
+def test_numbers_within_a_name() -> None:
+    assert fold_names(names(range(8), "expert_{}.wi.weight")) == ["expert_{0..7}.wi.weight"]
+    zeros = ["expert_01.w", "expert_02.w", "expert_03.w"]
+    assert fold_names(zeros) == zeros, "they could not be told from expert_1"
+
+
 def test_what_does_not_ascend_is_written_out() -> None:
     backwards = names([3, 2, 1, 0])
     assert fold_names(backwards) == backwards

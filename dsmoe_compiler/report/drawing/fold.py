@@ -151,7 +151,8 @@ def _type_line(text: str) -> str:
     whole = [p if p.endswith("]") else f"{p}]" for p in parts]
     if not whole:
         return text
-    return f"{len(whole)} × {whole[0]}" if len(set(whole)) == 1 else ", ".join(whole)
+    alike_but_for_sizes = {re.sub(r"\bu\d+\b", "u", p) for p in whole}
+    return f"{len(whole)} × {whole[0]}" if len(alike_but_for_sizes) == 1 else ", ".join(whole)
 
 
 def _parameter_lines(group: Sequence[Piece]) -> list[str]:
