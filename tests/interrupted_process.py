@@ -2,9 +2,10 @@
 
     python -m tests.interrupted_process MODEL ROUNDS SEED FOLDER
 
-Ctrl-C is a real SIGINT, sent by another thread after a random part of the time that a compile and a save
-take. Prints one JSON object a round: when, in which stage, how long until the exception arrived, and
-everything that is not as before.
+Ctrl-C is a real SIGINT, sent by another thread: first at the beginning of capture, then in one stage after
+the other, capture every second time, after a random part of the time that the stage usually takes. Prints one
+JSON object a round: when, in which stage, how long until the exception arrived, and everything that is not as
+before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,9 @@ class _Round:
     def __init__(self, name: str, folder: Path) -> None:
         build, example = MODELS[name]
         self.model, self.x, self.folder = build(), example(), folder
-        self.plain, self.stage = _Plain(), ""
+        self.plain, self.stage, self.target = _Plain(), "", ""
+        self.began = dict[str, float]()
+        self.timer = threading.Timer(0, _press)
         self.before = self.seen()  # also warms up what torch sets up on its first use
         self.before = self.seen()
 
@@ -61,7 +65,9 @@ class _Round:
         return program
 
     def _at(self, stage: str) -> None:
-        self.stage = stage
+        self.stage, self.began[stage] = stage, time.perf_counter()
+        if stage == self.target:
+            self.timer.start()
 
     def seen(self) -> dict[str, Any]:
         """All that must be as it was."""
@@ -81,29 +87,26 @@ class _Round:
             **process_state(),
         }
 
-    def interrupted(self, delay: float) -> dict[str, Any]:
-        """Interrupt `work` after so many seconds."""
-        sent = [0.0]
+    def interrupted(self, stage: str, delay: float) -> dict[str, Any]:
+        """Interrupt `work` so many seconds after a stage begins."""
+        sent, reached = [0.0], False
 
         def send() -> None:
             sent[0] = time.perf_counter()
-            os.kill(os.getpid(), signal.SIGINT)
+            _press()
 
-        timer, reached = threading.Timer(delay, send), False
+        self.timer, self.target = threading.Timer(delay, send), stage
         try:
-            timer.start()
             self.work()
-            timer.join()
+            self.timer.join()
             time.sleep(0.01)
         except KeyboardInterrupt:
-            reached, arrived = True, time.perf_counter()
-        else:
-            arrived = time.perf_counter()
-        timer.join()
+            reached = True
+        arrived, self.target = time.perf_counter(), ""
         files = sorted(p.name for p in self.folder.iterdir())
         (self.folder / "p.pt2").unlink(missing_ok=True)
         return {
-            "delay": round(delay, 3),
+            "aimed at": stage,
             "stage": self.stage,
             "waited": round(arrived - sent[0], 3),
             "reached": reached,
@@ -112,19 +115,23 @@ class _Round:
         }
 
 
+def _press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def main(name: str, rounds: str, seed: str, folder: str) -> None:
     """See above."""
     each, generator = _Round(name, Path(folder)), random.Random(int(seed))
-    expected, usual = each.work()(each.x), list[float]()
-    for _ in range(3):
-        start = time.perf_counter()
-        each.work()
-        usual.append(time.perf_counter() - start)
+    each.work()
+    expected = each.work()(each.x)
     (each.folder / "p.pt2").unlink()
-    # One moment in each of as many equal parts.
-    for i in range(int(rounds)):
-        delay = min(usual) * (i + generator.random()) / int(rounds)
-        print(json.dumps(each.interrupted(delay)), flush=True)
+    begins = list(each.began.items())
+    usual = {stage: end - begin for (stage, begin), (_, end) in pairwise(begins)}
+    others = cycle(stage for stage in usual if stage != "capture")
+    print(json.dumps(each.interrupted("capture", 0)), flush=True)
+    for i in range(1, int(rounds)):
+        stage = next(others) if i % 2 else "capture"
+        print(json.dumps(each.interrupted(stage, generator.uniform(0, usual[stage]))), flush=True)
     print(json.dumps({"afterwards": each.work()(each.x).equal(expected)}), flush=True)
 
 

@@ -265,7 +265,7 @@ def _interrupted(model: str, rounds: int, folder: Path, seed: int = 0) -> Iterat
 
 
 def _check(rounds: Iterator[dict[str, Any]], moments: int) -> set[str]:
-    """The stages in which Ctrl-C was pressed."""
+    """The stages that Ctrl-C ended."""
     *each, last = rounds
     assert len(each) == moments and last == {"afterwards": True}
     for one in each:
@@ -275,13 +275,13 @@ def _check(rounds: Iterator[dict[str, Any]], moments: int) -> set[str]:
 
 
 def test_random_moments_of_a_small_compile(tmp_path: Path) -> None:
-    assert "capture" in _check(_interrupted("layer", 6, tmp_path), 6)
+    assert "capture" in _check(_interrupted("layer", 8, tmp_path), 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_twenty_random_moments(tmp_path: Path, seed: int) -> None:
-    assert len(_check(_interrupted("zoo", 20, tmp_path, seed), 20)) > 2
+    assert len(_check(_interrupted("zoo", 20, tmp_path, seed), 20)) > 5
 
 
 @pytest.mark.slow
