@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from dsmoe_compiler.cli.output_file import write_text
 from dsmoe_compiler.instrument import PassRun
 from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.ir.graph import ProgramGraph, module_path
@@ -82,12 +83,8 @@ class DumpFolder:
 
     def __call__(self, moment: str, step: str, text: str) -> None:
         """Write one. Raises InputError when that fails."""
-        path = self.folder / f"{self._count:02}_{moment}_{step}.txt"
+        write_text(self.folder / f"{self._count:02}_{moment}_{step}.txt", text)
         self._count += 1
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as e:
-            raise InputError(f"cannot write {path}: {e.strerror}; choose another --ir-tree-dir") from e
 
 
 def shower(layer: str | None) -> Callable[[ProgramGraph], str]:

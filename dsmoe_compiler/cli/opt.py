@@ -11,7 +11,7 @@ import click
 
 from dsmoe_compiler.cli.input_option import ExampleInput, input_option
 from dsmoe_compiler.cli.optimize import Capture, Optimized, Options, Remarks, Verify, Watched, optimize
-from dsmoe_compiler.cli.output_file import require_text_place
+from dsmoe_compiler.cli.output_file import require_text_place, write_text
 from dsmoe_compiler.cli.stages import stages
 
 
@@ -120,7 +120,7 @@ def opt(
     finally:
         _print_watched(watched, None if as_json else remarks)
     if output is not None:
-        output.write_text(done.ir, encoding="utf-8")
+        write_text(output, done.ir)
     if as_json:
         click.echo(json.dumps(_record(done, watched, remarks or "all", output), indent=2))
         return

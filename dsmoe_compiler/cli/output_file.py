@@ -29,6 +29,14 @@ def require_text_place(path: Path) -> None:
         raise InputError(f"cannot write {path}: {e.strerror}; choose another file") from e
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text. Raises InputError when that fails after all, as on a full disk."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e.strerror}; choose another place") from e
+
+
 def require_folder(path: Path) -> None:
     """Make the folder `path` unless it is there. Raise InputError when no file can be written in it."""
     try:

@@ -294,6 +294,13 @@ def test_wrong_input_is_one_line_before_the_work(
     assert [path.name for path in here.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_full_disk_is_one_line() -> None:
+    result = run("opt", MODEL, "-o", "/dev/full")
+    assert result.exit_code == 2
+    assert "cannot write /dev/full: No space left on device" in result.stderr
+
+
 def test_a_failed_run_leaves_an_old_file_as_it_was(here: Path, wrecker: None) -> None:
     Path("out.txt").write_text("old")
     assert run("opt", MODEL, "--passes", "wrecker", "-o", "out.txt").exit_code == 70
