@@ -17,7 +17,7 @@ from dsmoe_compiler.report.story import WHOLE_MODEL
 
 def require_drawing_place(path: Path) -> None:
     """Raise InputError unless a drawing can be written at `path`. Leaves nothing there."""
-    if path.suffix not in DRAWINGS:
+    if path.suffix.lower() not in DRAWINGS:
         *others, last = DRAWINGS
         raise InputError(f"cannot draw {path}: a drawing's name ends in {', '.join(others)} or {last}")
     require_text_place(path)
@@ -44,7 +44,7 @@ def chosen_layer(report: Report, wanted: str | None) -> str:
 
 def write_drawing(anatomy: LayerAnatomy, path: Path) -> None:
     """Draw a layer into a file. Raises InputError when it cannot be written."""
-    drawn = DRAWINGS[path.suffix](anatomy)
+    drawn = DRAWINGS[path.suffix.lower()](anatomy)
     with written_whole(path) as file:
         file.write(drawn.encode())
 

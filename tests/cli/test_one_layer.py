@@ -81,11 +81,11 @@ def test_a_model_without_layers_leaves_no_file(api: FakeApi, here: Path) -> None
 
 
 def test_draws_a_layer_of_a_model_without_weights(here: Path) -> None:
-    result = run("inspect", TINY, "--graph", "layer.svg")
+    result = run("inspect", TINY, "--graph", "layer.SVG")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.endswith("drew model.layers.1.mlp into layer.svg\n")
+    assert result.stdout.endswith("drew model.layers.1.mlp into layer.SVG\n")
     assert "2 of 2 MoE layers fused" in result.stdout
-    assert ElementTree.parse(here / "layer.svg").getroot().tag.endswith("svg")
+    assert ElementTree.parse(here / "layer.SVG").getroot().tag.endswith("svg")
 
 
 def test_json_stays_json(here: Path) -> None:
