@@ -275,7 +275,7 @@ def _emit(
             out = graph.call_function(aten.reshape.default, (new, sizes))
             out.meta = dict(old.meta)
         if found.base is not None:
-            out = graph.call_function(aten.add.Tensor, (found.base, out))
+            out = graph.call_function(aten.add.Tensor, (out, found.base))
             out.meta = dict(old.meta)
     inputs = tuple(n for n in (x, chosen, weighed, found.base) if n is not None)
     return _Inserted(old, out, new, inputs, spec, slots)

@@ -35,6 +35,7 @@ _SIZES = frozenset({aten.sym_size.int, operator.mul, operator.add, operator.sub,
 _REARRANGE = frozenset(
     {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.t.default}
 )
+_WHOLE = 2**62  # a slice's stop at or past this means "to the end"
 _NOTHING = frozenset({aten.lift_fresh.default, aten.alias.default})
 _DETACH = frozenset({aten.detach.default, aten.detach_.default})
 
@@ -149,12 +150,17 @@ def _drop_copies(graph: ProgramGraph) -> int:
             continue  # it changes no value, but gradients stop there
         if _is_copy(node) and _is_returned(node):
             continue  # the caller may write into it
-        plain = node.target in _NOTHING | _DETACH or (
-            node.target in CASTS | COPIES
-            and dtype(node) == dtype(below)
-            and node.meta["val"].device == below.meta["val"].device
-            and (
-                node.target not in COPIES or str(node.meta["val"].stride()) == str(below.meta["val"].stride())
+        plain = (
+            node.target in _NOTHING | _DETACH
+            or _is_whole(node)
+            or (
+                node.target in CASTS | COPIES
+                and dtype(node) == dtype(below)
+                and node.meta["val"].device == below.meta["val"].device
+                and (
+                    node.target not in COPIES
+                    or str(node.meta["val"].stride()) == str(below.meta["val"].stride())
+                )
             )
         )
         if plain:
@@ -162,6 +168,14 @@ def _drop_copies(graph: ProgramGraph) -> int:
             graph.graph.erase_node(node)
             changed += 1
     return changed
+
+
+def _is_whole(node: Node) -> bool:
+    """x[:]"""
+    if node.target is not aten.slice.Tensor:
+        return False
+    start, stop, step = (argument(node, name) for name in ("start", "end", "step"))
+    return start in (None, 0) and step == 1 and (stop is None or (isinstance(stop, int) and stop >= _WHOLE))
 
 
 def _is_copy(node: Node) -> bool:

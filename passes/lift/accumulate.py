@@ -8,12 +8,14 @@ cat([rows of expert 0, rows of 1, …])     the sorted pairs again
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import dtype, shape, value
+from dsmoe_compiler.ir.graph import dtype, same_size, shape, value
 from dsmoe_compiler.passes.lift.discover import require_distinct, selected_from
 from dsmoe_compiler.passes.lift.reroll import reroll
-from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument
+from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Combined,
     Filled,
@@ -24,21 +26,36 @@ from dsmoe_compiler.passes.lift.values import (
     PartialSum,
     Permutation,
     Rows,
-    Scratch,
     SlotOf,
+    Spread,
     TokenOf,
     Value,
+    Visit,
 )
 
 
 def index_add(lift: Lift, node: Node) -> Value | None:
     """out.index_add(0, tokens of one expert, its rows)."""
-    at, rows = lift.of(node.args[2]), lift.rows(node.args[3])
+    at = lift.of(node.args[2])
     if not isinstance(at, TokenOf) or not isinstance(at.domain, OneExpert):
         return None
     if argument(node, "dim") != 0 or argument(node, "alpha") != 1:
         return None
-    return _added(lift, node, at.domain, rows, node.args[3])
+    return _added(lift, node, at.domain, lift.rows(node.args[3]), node.args[3])
+
+
+def scatter_add(lift: Lift, node: Node) -> Value | None:
+    """out.scatter_add(0, tokens spread over the width, rows), scatter_reduce(…, "sum")."""
+    at, source = lift.of(argument(node, "index")), argument(node, "src")
+    if not isinstance(at, Spread) or not isinstance(at.at, TokenOf) or argument(node, "dim") != 0:
+        return None
+    reduces = operator_name(node) == "aten::scatter_reduce"
+    if reduces and (argument(node, "reduce") != "sum" or not argument(node, "include_self")):
+        return None
+    rows = lift.rows(source)
+    if rows is None or at.width != rows.width or not isinstance(at.at.domain, OneExpert):
+        return None
+    return _added(lift, node, at.at.domain, rows, source)
 
 
 def index_put(lift: Lift, node: Node) -> Value | None:
@@ -49,14 +66,63 @@ def index_put(lift: Lift, node: Node) -> Value | None:
         return None
     domain = _domain_at([lift.of(i) for i in indices], rows.domain)
     if domain is None:
+        _require_own(lift, indices, rows.domain)
         return None
     if domain == "pairs":
         return None if argument(node, "accumulate") else _written(lift, node, rows)
     if argument(node, "accumulate"):
         return _added(lift, node, rows.domain, rows, written)
-    require_distinct(rows.domain.ids)
+    if rows.domain.slot is None:
+        require_distinct(rows.domain.ids)
     rest = _without(lift, rows, node.args[0])
-    return None if rest is None else _added(lift, node, rows.domain, rest, written)
+    if rest is not None:
+        return _added(lift, node, rows.domain, rest, written)
+    if rows.domain.slots == 1:
+        return _written(lift, node, rows)
+    so_far = lift.of(node.args[0])
+    if isinstance(so_far, Filled) and so_far.number == 0:
+        return _added(lift, node, rows.domain, rows, written)
+    raise Unproven("R407", f"{rows.domain.words} replace what their tokens held, instead of adding to it")
+
+
+def _require_own(lift: Lift, indices: list[Node], domain: OneExpert) -> None:
+    for index in indices:
+        found = lift.of(index)
+        at = getattr(found, "domain", found)
+        if isinstance(at, (OneExpert, Mask)) and (at.ids, at.expert) != (domain.ids, domain.expert):
+            raise Unproven("R402", f"{domain.words} are put where those of expert {at.expert} belong")
+
+
+def add(lift: Lift, node: Node) -> Value | None:
+    """Sums over different experts added to each other, or to what is not of the loop."""
+    if argument(node, "alpha", 1) != 1 or len(node.all_input_nodes) != 2:
+        return None
+    left, right = (a for a in node.args[:2] if isinstance(a, Node))
+    a, b = lift.of(left), lift.of(right)
+    if dtype(left) != dtype(right) or not all(map(same_size, shape(left), shape(right))):
+        return None
+    if isinstance(a, PartialSum) and isinstance(b, PartialSum):
+        if a.ids is not b.ids or (a.base is not None and b.base is not None):
+            return None
+        return PartialSum(a.ids, a.slots, _joined(a.visits, b.visits), a.width, a.base or b.base)
+    for so_far, found, other in ((a, b, right), (b, a, left)):
+        if not isinstance(so_far, PartialSum) or len(shape(other)) != 2:
+            continue
+        if isinstance(found, Filled) and found.number == 0:
+            return so_far
+        unfinished = len(so_far.visits) < (selected_from(so_far.ids) or 0)
+        if unfinished and so_far.base is None and lift.opaque(other):
+            return replace(so_far, base=other)
+    return None
+
+
+def _joined(before: tuple[Visit, ...], after: tuple[Visit, ...]) -> tuple[Visit, ...]:
+    """Raises Unproven where an expert is visited twice."""
+    seen = {(v.expert, v.slot) for v in before}
+    for visit in after:
+        if (visit.expert, visit.slot) in seen or (visit.expert, None) in seen:
+            raise Unproven("R302", f"the rows of {visit.words} are added twice")
+    return (*before, *after)
 
 
 def _domain_at(found: list[Value | None], domain: OneExpert) -> str | None:
@@ -68,8 +134,9 @@ def _domain_at(found: list[Value | None], domain: OneExpert) -> str | None:
             return "pairs"
         case [TokenOf(domain=at), SlotOf(domain=also)] if at == also == domain:
             return "pairs"
-        case [Mask(ids=ids, expert=expert, axes=axes)] if (ids, expert) == (domain.ids, domain.expert):
-            if axes == "KT" or domain.order != "token":
+        case [Mask(ids=ids, expert=expert, axes=axes, slot=slot)] if axes in ("T", "P", "TK"):
+            own = (ids, expert, slot) == (domain.ids, domain.expert, domain.slot)
+            if not own or domain.order != "token":
                 return None
             return "tokens" if axes == "T" else "pairs"
     return None
@@ -93,43 +160,43 @@ def _added(lift: Lift, node: Node, domain: OneExpert, rows: Rows | None, written
     if rows is None or rows.lead != 1 or len(rows.trail) != 1:
         return None
     if rows.domain != domain:
-        raise Unproven("R402", f"rows are added at tokens of expert {domain.expert} that are not their own")
+        raise Unproven("R402", f"{rows.domain.words} are added at the tokens of {domain.words}")
     if dtype(written) != dtype(node) or shape(node)[-1] != rows.width or len(shape(node)) != 2:
         return None
     so_far = lift.of(start)
-    entry = (domain.expert, rows.term)
+    visit = Visit(domain.expert, rows.term, domain.slot)
     if isinstance(so_far, PartialSum) and so_far.ids is domain.ids:
-        if any(e == domain.expert for e, _ in so_far.terms):
-            raise Unproven("R302", f"expert {domain.expert} is added twice")
-        return PartialSum(domain.ids, domain.slots, (*so_far.terms, entry), rows.width, so_far.base)
+        return replace(so_far, visits=_joined(so_far.visits, (visit,)))
     if isinstance(so_far, Filled) and so_far.number == 0:
-        return PartialSum(domain.ids, domain.slots, (entry,), rows.width)
+        return PartialSum(domain.ids, domain.slots, (visit,), rows.width)
     if so_far is None or isinstance(so_far, (PartialSum, Combined)):
-        return PartialSum(domain.ids, domain.slots, (entry,), rows.width, start)
+        return PartialSum(domain.ids, domain.slots, (visit,), rows.width, start)
     return None
 
 
 def _written(lift: Lift, node: Node, rows: Rows) -> Value | None:
-    """An expert's rows in their pairs' places; all pairs, once every expert that can be chosen is there."""
+    """An expert's rows in their pairs' places; all pairs, once every expert that can be chosen is there.
+
+    Where a token has one id, its row is its pair.
+    """
     domain, start = rows.domain, lift.of(node.args[0])
     assert isinstance(domain, OneExpert)
     source = node.args[2]
     assert isinstance(source, Node)
     lead = len(shape(node)) - len(rows.trail)
-    if rows.lead != 1 or lead not in (1, 2) or dtype(source) != dtype(node):
+    if rows.lead != 1 or lead not in (1, 2) or dtype(source) != dtype(node) or domain.slot is not None:
         return None
-    entry = (domain.expert, rows.term)
-    if isinstance(start, PartialRows) and (start.ids, start.trail) == (domain.ids, rows.trail):
-        if any(e == domain.expert for e, _ in start.terms):
-            raise Unproven("R302", f"the rows of expert {domain.expert} are written twice")
-        terms = (*start.terms, entry)
-    elif isinstance(start, (Filled, Scratch)):
-        terms = (entry,)
-    else:
-        return None
-    if selected_from(domain.ids) != len(terms):
-        return PartialRows(domain.ids, domain.slots, terms, rows.trail)
-    return Rows(Pairs(domain.ids, domain.slots), reroll(lift, terms), lead, rows.trail)
+    visits: tuple[Visit, ...] = (Visit(domain.expert, rows.term),)
+    if isinstance(start, PartialRows):
+        if (start.ids, start.trail) != (domain.ids, rows.trail):
+            return None
+        visits = _joined(start.visits, visits)
+    if selected_from(domain.ids) != len(visits):
+        return PartialRows(domain.ids, domain.slots, visits, rows.trail)
+    term = reroll(lift, domain.slots, visits)
+    if domain.slots == 1 and lead == 1:
+        lift.written.append(node)
+    return Rows(Pairs(domain.ids, domain.slots), term, lead, rows.trail)
 
 
 def concatenate(lift: Lift, node: Node) -> Value | None:
@@ -141,16 +208,16 @@ def concatenate(lift: Lift, node: Node) -> Value | None:
     if first is None or not isinstance(first.domain, OneExpert) or not isinstance(first.domain.order, Node):
         return None
     own, order = first.domain, first.domain.order
-    terms = []
+    visits = list[Visit]()
     for e, row in enumerate(rows):
         if row is None or row.domain != OneExpert(own.ids, own.slots, e, order):
             return None
         if (row.lead, row.trail) != (1, first.trail):
             return None
-        terms.append((e, row.term))
-    if selected_from(own.ids) != len(terms) and lift.counted.get(own.ids) != len(terms):
-        raise Unproven("R302", f"{len(terms)} experts' rows are put together, there may be more")
-    return Rows(Pairs(own.ids, own.slots, order), reroll(lift, terms), 1, first.trail)
+        visits.append(Visit(e, row.term))
+    if selected_from(own.ids) != len(visits) and lift.counted.get(own.ids) != len(visits):
+        raise Unproven("R302", f"{len(visits)} experts' rows are put together, there may be more")
+    return Rows(Pairs(own.ids, own.slots, order), reroll(lift, own.slots, visits), 1, first.trail)
 
 
 def finished(lift: Lift, node: Node, found: PartialSum) -> Combined:
@@ -158,13 +225,17 @@ def finished(lift: Lift, node: Node, found: PartialSum) -> Combined:
 
     Raises Unproven where the experts do not compute the same.
     """
-    rows = Rows(Pairs(found.ids, found.slots), reroll(lift, found.terms), 1, (found.width,))
+    rows = Rows(Pairs(found.ids, found.slots), reroll(lift, found.slots, found.visits), 1, (found.width,))
     assert value(node).is_floating_point()
-    return Combined(rows, found.base, drops=selected_from(found.ids) != len(found.terms))
+    experts = len({v.expert for v in found.visits})
+    return Combined(rows, found.base, drops=selected_from(found.ids) != experts)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::index_add": (index_add,),
     "aten::index_put": (index_put,),
+    "aten::scatter_add": (scatter_add,),
+    "aten::scatter_reduce": (scatter_add,),
+    "aten::add": (add,),
     "aten::cat": (concatenate,),
 }

@@ -13,7 +13,8 @@ from torch.fx import Node
 from dsmoe_compiler.ir.body import Body, Step
 from dsmoe_compiler.ir.graph import dtype, same_size, shape
 from dsmoe_compiler.ir.reference import evaluate
-from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument
+from dsmoe_compiler.passes.lift.gather import is_pair_shaped
+from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Filled, Pairs, Rows, TokenOf, Value
 
 _KEEPS_ZERO = frozenset(
@@ -41,6 +42,41 @@ def sum_rows(lift: Lift, node: Node) -> Value | None:
     if rows.lead < 2 or dims != [rows.lead - 1]:
         return None
     return Combined(rows.like(term))
+
+
+def weighted_sum(lift: Lift, node: Node) -> Value | None:
+    """einsum("tk,tkd->td", w, y), w.unsqueeze(1) @ y: each token's rows times their weights, summed."""
+    if operator_name(node) == "aten::einsum":
+        operands, weights_at = argument(node, "tensors"), _of_einsum(str(argument(node, "equation")))
+    else:
+        operands, weights_at = list(node.args), 0
+        unsqueezed = operands[0]
+        assert isinstance(unsqueezed, Node)
+        if operator_name(unsqueezed) != "aten::unsqueeze" or argument(unsqueezed, "dim") not in (1, -2):
+            return None
+        operands[0] = unsqueezed.args[0]
+    if weights_at is None or len(operands) != 2:
+        return None
+    weights, rows = operands[weights_at], lift.rows(operands[1 - weights_at])
+    if rows is None or not isinstance(rows.domain, Pairs) or rows.domain.order is not None:
+        return None
+    if (rows.lead, len(rows.trail)) != (2, 1) or not lift.opaque(weights) or len(shape(weights)) != 2:
+        return None
+    if not is_pair_shaped(weights, rows.domain) or dtype(weights) != dtype(node):
+        return None
+    return Combined(rows.like(lift.terms.number("mul", (rows.term, lift.pair(PairSource(weights))))))
+
+
+def _of_einsum(equation: str) -> int | None:
+    """Which operand of "tk,tkd->td" holds one number a pair; None if it is another equation."""
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if len(names) != 2 or sorted(map(len, names)) != [2, 3]:
+        return None
+    weights_at = 0 if len(names[0]) == 2 else 1
+    weights, rows = names[weights_at], names[1 - weights_at]
+    right = len(set(rows)) == 3 and weights == rows[:2] and out == rows[0] + rows[2]
+    return weights_at if right else None
 
 
 def _is_only_slot(rows: Rows, dims: list[int]) -> bool:
@@ -127,4 +163,10 @@ def _off_ids(lift: Lift, term: int) -> float | None:
     return float(evaluate(Body(body.steps), torch.tensor([[number]]), None, []).item())
 
 
-RULES: dict[str, tuple[Rule, ...]] = {"aten::sum": (sum_rows,), "aten::index_add": (add_by_token,)}
+RULES: dict[str, tuple[Rule, ...]] = {
+    "aten::sum": (sum_rows,),
+    "aten::index_add": (add_by_token,),
+    "aten::einsum": (weighted_sum,),
+    "aten::bmm": (weighted_sum,),
+    "aten::matmul": (weighted_sum,),
+}

@@ -37,7 +37,10 @@ _REARRANGES = (
     "aten::squeeze",
     "aten::slice",
 )
-_SEVERAL = ("aten::sort", "aten::where", "aten::nonzero_numpy", "aten::unbind", "aten::chunk")
+_SEVERAL = frozenset(
+    f"aten::{name}"
+    for name in ("sort", "where", "nonzero_numpy", "unbind", "chunk", "split", "split_with_sizes")
+)
 # Floating matrices that still say who chose whom.
 _MATRICES = frozenset(
     f"aten::{name}"
@@ -47,7 +50,7 @@ _MATRICES = frozenset(
     )
 )
 _INDEXED = ("aten::topk", "aten::max", "aten::min", "aten::sort")  # values, and where they were
-_SELECTORS = frozenset({"aten::topk", "aten::argmax"})
+_SELECTORS = frozenset({"aten::topk", "aten::argmax", "aten::max"})
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def _routing_flow(graph: ProgramGraph) -> nx.DiGraph[Node]:
 
 
 def _carries(node: Node, origin: Node) -> bool:
-    if operator_name(origin) == "aten::topk":
+    if operator_name(origin) in ("aten::topk", "aten::max"):
         return bool(node.args[1] == 1)
     if not is_tensor(node):
         return operator_name(node) in _SEVERAL

@@ -12,27 +12,33 @@ w[tokens, slots], w[mask]             pair(w)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, shape, value
-from dsmoe_compiler.passes.lift.discover import require_distinct
+from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift.discover import require_distinct, selected_from
+from dsmoe_compiler.passes.lift.gather import is_pair_shaped
 from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Column,
+    Coordinates,
     Everywhere,
     Filled,
     Mask,
     MaskedWeights,
     OneExpert,
     OneHot,
+    Outside,
     Pairs,
     PartialSum,
     Parts,
     Permutation,
+    Range,
     Rows,
     SlotOf,
+    Spread,
     TokenOf,
     Value,
 )
@@ -43,7 +49,15 @@ _ORDERS = {"TK": "token", "KT": "slot", "T": "token", "P": "token"}
 def equals(lift: Lift, node: Node) -> Value | None:
     """ids == e."""
     ids, number = node.args[0], lift.constant(node.args[1])
-    if not isinstance(ids, Node) or number is None or (root := lift.ids_root(ids)) is None:
+    if not isinstance(ids, Node) or number is None:
+        return None
+    if (column := slot_of(ids)) is not None and (root := lift.ids_root(column[0])) is not None:
+        return (
+            Mask(root[0], root[1], number, "T", column[1])
+            if _same(shape(column[0]), shape(root[0]))
+            else None
+        )
+    if (root := lift.ids_root(ids)) is None:
         return None
     sizes, own = shape(ids), shape(root[0])
     if len(own) == 1:
@@ -53,6 +67,41 @@ def equals(lift: Lift, node: Node) -> Value | None:
     else:
         axes = "TK"
     return Mask(root[0], root[1], number, axes) if axes == "P" or _same(sizes, own) else None
+
+
+def slot_of(node: Node) -> tuple[Node, int] | None:
+    """(a (T, K) value, k) where the node is its column k."""
+    if operator_name(node) == "aten::select":
+        whole, dim, k = node.args[0], argument(node, "dim"), argument(node, "index")
+    elif (
+        operator_name(node) == "getitem"
+        and operator_name(unbound := node.all_input_nodes[0]) == "aten::unbind"
+    ):
+        whole, dim, k = unbound.args[0], argument(unbound, "dim"), node.args[1]
+    else:
+        return None
+    if not is_tensor(whole) or not isinstance(k, int) or dim not in (1, -1):
+        return None
+    assert isinstance(whole, Node)
+    sizes = shape(whole)
+    if len(sizes) != 2 or not isinstance(sizes[1], int) or sizes[1] == 1:
+        return None
+    return whole, k % sizes[1]
+
+
+def hot_by_comparing(lift: Lift, node: Node) -> Value | None:
+    """ids.unsqueeze(-1) == arange(E)."""
+    ids, numbers = node.args[0], node.args[1]
+    if not isinstance(ids, Node) or not isinstance(numbers, Node) or not isinstance(lift.of(numbers), Range):
+        return None
+    experts, below = shape(numbers)[0], ids.args[0] if ids.args else None
+    if operator_name(ids) != "aten::unsqueeze" or not isinstance(below, Node) or not isinstance(experts, int):
+        return None
+    if argument(ids, "dim") not in (-1, len(shape(below))) or (root := lift.ids_root(below)) is None:
+        return None
+    if _same(shape(below), shape(root[0])):
+        return OneHot(root[0], experts, None, "TKE" if len(shape(below)) == 2 else "TE")
+    return OneHot(root[0], experts, None, "PE") if len(shape(below)) == 1 else None
 
 
 def of_one_hot(lift: Lift, node: Node) -> Value | None:
@@ -66,15 +115,21 @@ def of_one_hot(lift: Lift, node: Node) -> Value | None:
     else:
         indices = argument(node, "indices")
         at, number = len(indices) - 1, lift.constant(indices[-1])
-        if any(i is not None for i in indices[:-1]) or len(shape(node)) != len(hot.axes) - 1:
+        if any(i is not None for i in indices[:-1]):
             return None
-        kept = hot.axes[:at] + hot.axes[at + 1 :]
-    if hot.axes[at] != "E" or not isinstance(number, int) or kept not in _ORDERS:
+        one = "1" if len(shape(node)) == len(hot.axes) else ""
+        kept = hot.axes[:at] + one + hot.axes[at + 1 :]
+    if hot.axes[at] != "E" or not isinstance(number, int):
         return None
-    if kept == "T" and (len(shape(hot.ids)) != 1):
+    return _chosen(lift, hot, number % hot.experts, kept)
+
+
+def _chosen(lift: Lift, hot: OneHot, expert: int, axes: str) -> Mask | None:
+    """Where the one-hot holds 1 for an expert; `axes` are those left."""
+    if axes.removeprefix("1") not in _ORDERS or (axes == "T" and len(shape(hot.ids)) != 1):
         return None
     root = lift.ids_root(hot.ids)
-    return None if root is None else Mask(root[0], root[1], number % hot.experts, kept)
+    return None if root is None else Mask(root[0], root[1], expert, axes)
 
 
 def rearrange(lift: Lift, node: Node) -> Value | None:
@@ -133,10 +188,19 @@ def squeeze_mask(lift: Lift, node: Node) -> Value | None:
     if len(shape(node)) == len(found.axes):
         return found
     dims = argument(node, "dim")
-    single = isinstance(dims, int) and found.slots == 1 and found.axes in ("TK", "KT")
-    if not single or found.axes[dims % 2] != "K":
+    dim = (dims if isinstance(dims, int) else dims[0]) % len(found.axes)
+    kept = found.axes[:dim] + found.axes[dim + 1 :]
+    if found.axes[dim] == "1" or (found.axes[dim] == "K" and found.slots == 1 and kept == "T"):
+        return replace(found, axes=kept)
+    return None
+
+
+def first_of_mask(lift: Lift, node: Node) -> Value | None:
+    """mask[0] of a mask with a dimension of size 1 in front."""
+    found = lift.of(node.args[0])
+    if not isinstance(found, Mask) or found.axes[0] != "1" or argument(node, "dim") != 0:
         return None
-    return Mask(found.ids, found.slots, found.expert, "T")
+    return replace(found, axes=found.axes[1:])
 
 
 def coordinates(lift: Lift, node: Node) -> Value | None:
@@ -146,13 +210,83 @@ def coordinates(lift: Lift, node: Node) -> Value | None:
         return None
     domain = _listed(found)
     axes: dict[str, Value] = {"T": TokenOf(domain), "K": SlotOf(domain), "P": Permutation(domain)}
-    return Parts(tuple(axes[a] for a in found.axes))
+    return Parts(tuple(axes.get(a) for a in found.axes))
 
 
 def coordinates_as_rows(lift: Lift, node: Node) -> Value | None:
-    """nonzero(mask) of a vector, (n, 1); what flattens it keeps its meaning."""
+    """nonzero(mask): a row (token, slot) a pair; of a vector, (n, 1), what flattens it keeps its meaning."""
     found = coordinates(lift, node)
-    return found.items[0] if isinstance(found, Parts) and len(found.items) == 1 else None
+    if not isinstance(found, Parts):
+        return None
+    return found.items[0] if len(found.items) == 1 else Coordinates(found.items)
+
+
+def turn_coordinates(lift: Lift, node: Node) -> Value | None:
+    """The transpose of such a matrix."""
+    found = lift.of(node.args[0])
+    if not isinstance(found, Coordinates):
+        return None
+    if operator_name(node) == "aten::transpose" and {d % 2 for d in node.args[1:3] if isinstance(d, int)} != {
+        0,
+        1,
+    }:
+        return None
+    return Coordinates(found.items, not found.across)
+
+
+def one_coordinate(lift: Lift, node: Node) -> Value | None:
+    """nonzero(mask)[:, 0]: the tokens of the pairs."""
+    found = lift.of(node.args[0])
+    if not isinstance(found, Coordinates) or argument(node, "dim") % 2 != (not found.across):
+        return None
+    index: int = argument(node, "index")
+    return found.items[index]
+
+
+def unbind(lift: Lift, node: Node) -> Value | None:
+    """All coordinates, or the masks of all experts."""
+    found, dim = lift.of(node.args[0]), argument(node, "dim")
+    if isinstance(found, Coordinates):
+        return Parts(found.items) if dim % 2 == (not found.across) else None
+    if not isinstance(found, OneHot) or found.weight is not None or found.axes[dim] != "E":
+        return None
+    masks = [_chosen(lift, found, e, found.axes.replace("E", "")) for e in range(found.experts)]
+    return Parts(tuple(masks))
+
+
+def outside(lift: Lift, node: Node) -> Value | None:
+    """~mask, ids != e."""
+    found = lift.of(node.args[0])
+    if operator_name(node) == "aten::ne":
+        found = equals(lift, node)
+    elif isinstance(found, Outside):
+        return found.mask
+    elif not isinstance(found, Mask) or dtype(node) != torch.bool:
+        return None
+    return Outside(found) if isinstance(found, Mask) else None
+
+
+def spread(lift: Lift, node: Node) -> Value | None:
+    """tokens.unsqueeze(-1).expand(-1, D): the rows' tokens, as scatter and gather take them."""
+    found, sizes = lift.of(node.args[0]), shape(node)
+    if isinstance(found, (TokenOf, Permutation)) and len(sizes) == 2 and same_size(sizes[1], 1):
+        return Spread(found, 1)
+    if not isinstance(found, Spread) or len(sizes) != 2 or not isinstance(sizes[1], int):
+        return None
+    if operator_name(node) == "aten::repeat" and argument(node, "repeats")[0] != 1:
+        return None
+    return Spread(found.at, sizes[1]) if found.width == 1 else None
+
+
+def gather_rows(lift: Lift, node: Node) -> Value | None:
+    """x.gather(0, tokens spread over the width)."""
+    at, source = lift.of(argument(node, "index")), node.args[0]
+    if not isinstance(at, Spread) or not isinstance(at.at, TokenOf) or argument(node, "dim") != 0:
+        return None
+    assert isinstance(source, Node)
+    if not isinstance(at.at.domain, OneExpert) or shape(source)[1:] != (at.width,):
+        return None
+    return of_tokens(lift, source, at.at.domain)
 
 
 def flattened(lift: Lift, node: Node) -> Value | None:
@@ -163,9 +297,9 @@ def flattened(lift: Lift, node: Node) -> Value | None:
 
 
 def _listed(mask: Mask) -> OneExpert:
-    if mask.axes == "T":
+    if mask.axes == "T" and mask.slot is None:
         require_distinct(mask.ids)
-    return OneExpert(mask.ids, mask.slots, mask.expert, _ORDERS[mask.axes])
+    return OneExpert(mask.ids, mask.slots, mask.expert, _ORDERS[mask.axes.removeprefix("1")], mask.slot)
 
 
 def take_rows(lift: Lift, node: Node) -> Value | None:
@@ -173,13 +307,25 @@ def take_rows(lift: Lift, node: Node) -> Value | None:
     source, indices = node.args[0], argument(node, "indices")
     assert isinstance(source, Node)
     found = [lift.of(i) for i in indices]
-    if len(found) == 1 and isinstance(found[0], Mask):
+    if len(found) == 1 and isinstance(found[0], Mask) and found[0].axes[0] != "1":
         return _masked(lift, source, found[0])
     if len(found) == 1 and isinstance(found[0], TokenOf) and isinstance(found[0].domain, OneExpert):
         return of_tokens(lift, source, found[0].domain)
+    if len(found) == 2 and indices[0] is None and source.target is aten.unsqueeze.default:
+        return _in_front(lift, source, found[1])
     if len(found) == 2:
         return _of_pairs(lift, source, found[0], found[1])
     return None
+
+
+def _in_front(lift: Lift, source: Node, at: Value | None) -> Value | None:
+    """x[None, tokens]: the same rows with a dimension of size 1 before them."""
+    below = source.args[0]
+    if not isinstance(at, TokenOf) or not isinstance(at.domain, OneExpert) or argument(source, "dim") != 0:
+        return None
+    assert isinstance(below, Node)
+    rows = of_tokens(lift, below, at.domain)
+    return replace(rows, lead=2) if isinstance(rows, Rows) and rows.lead == 1 else None
 
 
 def _masked(lift: Lift, source: Node, mask: Mask) -> Value | None:
@@ -189,13 +335,15 @@ def _masked(lift: Lift, source: Node, mask: Mask) -> Value | None:
         return of_tokens(lift, source, domain)
     if rows is not None and isinstance(rows.domain, Pairs):
         pairs = rows.domain.meet(Pairs(mask.ids, mask.slots))
-        return rows.like(rows.term, domain=domain) if pairs and rows.lead == len(mask.axes) else None
+        if pairs is None or rows.lead != len(mask.axes) or mask.axes == "KT":
+            return None
+        return Rows(domain, rows.term, 1, rows.trail)
     if mask.axes == "KT" or not lift.opaque(source) or not value(source).is_floating_point():
         return None
     counted = shape(source)[: len(mask.axes)]
     if mask.axes == "TK" and not _same(counted, shape(mask.ids)):
         return None
-    return _weights(lift, source, domain, len(mask.axes))
+    return _weights(lift, source, domain, _static(shape(source)[len(mask.axes) :]))
 
 
 def of_tokens(lift: Lift, source: Node, domain: OneExpert) -> Value | None:
@@ -203,11 +351,36 @@ def of_tokens(lift: Lift, source: Node, domain: OneExpert) -> Value | None:
     found = lift.of(source)
     if isinstance(found, Column):
         return _at_column(found, domain)
+    if (weight := _only_weight(lift, source, domain)) is not None:
+        return _weights(lift, weight, domain, _static(shape(source)[1:]))
     if len(shape(source)) != 2 or not value(source).is_floating_point():
         return _column_of_matrix(lift, source, domain)
     if isinstance(found, (PartialSum, Filled)) or lift.opaque(source):
         return Rows(domain, lift.token(source), 1, _static(shape(source)[1:]))
     return None
+
+
+def _only_weight(lift: Lift, source: Node, domain: OneExpert) -> Node | None:
+    """The (T, K) or (T,) weights of which `source` holds the one that each token has for these rows: where
+    the tokens have one id, or the rows are those of one slot.
+    """
+    if domain.slot is None:
+        whole: Node | None = source if domain.slots == 1 and is_pair_shaped(source, domain) else None
+    else:
+        column = slot_of(_without_ones(source))
+        fits = column is not None and column[1] == domain.slot and is_pair_shaped(column[0], domain)
+        whole = column[0] if column is not None and fits else None
+    return whole if whole is not None and lift.opaque(whole) else None
+
+
+def _without_ones(node: Node) -> Node:
+    """A vector under dimensions of size 1 added behind it."""
+    while operator_name(node) in ("aten::unsqueeze", "aten::view", "aten::reshape") and len(shape(node)) == 2:
+        below = node.args[0]
+        if not isinstance(below, Node) or len(shape(below)) != 1 or not same_size(shape(node)[1], 1):
+            break
+        node = below
+    return node
 
 
 def _at_column(column: Column, domain: OneExpert) -> Value | None:
@@ -228,6 +401,8 @@ def _column_of_matrix(lift: Lift, source: Node, domain: OneExpert) -> Value | No
         return None
     if not lift.opaque(matrix) or not value(matrix).is_floating_point():
         return None
+    if shape(matrix)[1] != selected_from(domain.ids):
+        return None
     return Rows(domain, lift.pair(PairSource(matrix, domain.ids, matrix=True)), 1, ())
 
 
@@ -244,11 +419,10 @@ def _of_pairs(lift: Lift, source: Node, first: Value | None, second: Value | Non
         return Rows(domain, rows.term, 1, rows.trail) if rows.domain.meet(own) else None
     if not lift.opaque(source) or not value(source).is_floating_point():
         return None
-    return _weights(lift, source, domain, 2)
+    return _weights(lift, source, domain, _static(shape(source)[2:]))
 
 
-def _weights(lift: Lift, source: Node, domain: OneExpert, lead: int) -> Rows | None:
-    trail = _static(shape(source)[lead:])
+def _weights(lift: Lift, source: Node, domain: OneExpert, trail: tuple[int, ...]) -> Rows | None:
     if any(size != 1 for size in trail):
         return None
     return Rows(domain, lift.pair(PairSource(source)), 1, trail)
@@ -280,6 +454,19 @@ def select_weights(lift: Lift, node: Node) -> Value | None:
     if not lift.opaque(weight) or not _same(shape(weight), shape(mask.ids)) or dtype(node) != dtype(weight):
         return None
     return MaskedWeights(_listed(mask), lift.pair(PairSource(weight)))
+
+
+def fill_weights(lift: Lift, node: Node) -> Value | None:
+    """w.masked_fill(ids != e, 0)."""
+    weight, found, number = node.args[0], lift.of(argument(node, "mask")), argument(node, "value")
+    if not isinstance(found, Outside) or number != 0 or found.mask.axes != "TK":
+        return None
+    if not lift.opaque(weight) or not _same(shape(weight), shape(found.mask.ids)):  # type: ignore[arg-type]
+        return None
+    assert isinstance(weight, Node)
+    if not value(weight).is_floating_point():
+        return None
+    return MaskedWeights(_listed(found.mask), lift.pair(PairSource(weight)))
 
 
 def sum_weights(lift: Lift, node: Node) -> Value | None:
@@ -342,16 +529,24 @@ def _static(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "aten::eq": (truth, equals),
+    "aten::eq": (truth, equals, hot_by_comparing),
     "aten::gt": (truth,),
-    "aten::ne": (truth,),
+    "aten::ne": (truth, outside),
+    "aten::bitwise_not": (outside,),
+    "aten::logical_not": (outside,),
+    "aten::masked_fill": (fill_weights,),
+    "aten::unbind": (unbind,),
+    "aten::gather": (gather_rows,),
+    "aten::expand": (spread,),
+    "aten::expand_as": (spread,),
+    "aten::repeat": (spread,),
     "aten::ge": (truth,),
-    "aten::select": (of_one_hot, select_column, flattened),
+    "aten::select": (of_one_hot, first_of_mask, one_coordinate, select_column, flattened),
     "aten::index": (of_one_hot, take_rows),
     "aten::permute": (rearrange,),
-    "aten::transpose": (rearrange,),
-    "aten::t": (rearrange,),
-    "aten::mT": (rearrange,),
+    "aten::transpose": (rearrange, turn_coordinates),
+    "aten::t": (rearrange, turn_coordinates),
+    "aten::mT": (rearrange, turn_coordinates),
     "aten::any": (any_slot,),
     "aten::amax": (any_slot,),
     "aten::sum": (any_slot, sum_weights),
@@ -363,10 +558,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::where": (coordinates, select_weights),
     "aten::nonzero_numpy": (coordinates,),
     "aten::nonzero": (coordinates_as_rows,),
+    "aten::argwhere": (coordinates_as_rows,),
     "aten::mul": (mask_weights,),
-    "aten::unsqueeze": (column_dimensions,),
+    "aten::unsqueeze": (column_dimensions, spread),
     "aten::squeeze": (squeeze_mask, flattened),
-    "aten::view": (flattened, column_dimensions),
-    "aten::reshape": (flattened, column_dimensions),
+    "aten::view": (flattened, column_dimensions, spread),
+    "aten::reshape": (flattened, column_dimensions, spread),
     "aten::flatten": (flattened,),
 }

@@ -97,7 +97,7 @@ def own_linear(lift: Lift, node: Node) -> Value | None:
         case _:
             return None
     rows = lift.rows(source)
-    if rows is None or not isinstance(rows.domain, OneExpert) or (rows.lead, len(rows.trail)) != (1, 1):
+    if rows is None or not isinstance(rows.domain, OneExpert) or len(rows.trail) != 1:
         return None
     found = lift.own_parameter(weight, rows.domain.expert)
     if found is None or len(found[1]) != 2:
@@ -125,7 +125,7 @@ def own_vector(lift: Lift, node: Node) -> Value | None:
         if rows is None or not isinstance(rows.domain, OneExpert) or not is_tensor(vector):
             continue
         found = lift.own_parameter(vector, rows.domain.expert)
-        if found is None or found[1] != rows.trail or rows.lead != 1:
+        if found is None or found[1] != rows.trail:
             continue
         operands = (rows.term, found[0]) if rows_at == 0 else (found[0], rows.term)
         return rows.like(lift.terms.number(op, operands))

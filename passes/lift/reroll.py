@@ -14,18 +14,33 @@ from torch.fx import Node
 from dsmoe_compiler.ir.body import Step
 from dsmoe_compiler.ir.graph import dtype, shape
 from dsmoe_compiler.passes.lift.state import Lift, Unproven
+from dsmoe_compiler.passes.lift.values import Visit
 
 
-def reroll(lift: Lift, found: Sequence[tuple[int, int]]) -> int:
-    """The term of any expert, from (expert, its term) of all of them.
+def reroll(lift: Lift, slots: int, visits: Sequence[Visit]) -> int:
+    """The term of any expert, from what a loop computed for each of them, or for each of them and each slot.
 
     Raises Unproven where the experts are not 0, 1, 2, … each once, or do not compute the same.
     """
-    experts = sorted(e for e, _ in found)
+    experts = sorted({v.expert for v in visits})
     if experts != list(range(len(experts))):
         missing = next(e for e in range(experts[-1] + 1) if e not in experts)
         raise Unproven("R302", f"expert {missing} is left out of a loop that visits expert {experts[-1]}")
-    return _Walk(lift).same(tuple(term for _, term in sorted(found)))
+    return _Walk(lift).same(tuple(_of_expert(e, slots, visits) for e in experts))
+
+
+def _of_expert(expert: int, slots: int, visits: Sequence[Visit]) -> int:
+    """The one term of all visits to an expert, which must be of all slots."""
+    own = [v for v in visits if v.expert == expert]
+    visited = sorted(v.slot for v in own if v.slot is not None)
+    if visited and visited != list(range(slots)):
+        missing = next(k for k in range(slots) if k not in visited)
+        raise Unproven("R302", f"slot {missing} is left out for expert {expert}")
+    if len({v.term for v in own}) != 1:
+        raise Unproven(
+            "R302", f"expert {expert} computes something else in slot {own[-1].slot} than in slot 0"
+        )
+    return own[0].term
 
 
 class _Walk:

@@ -5,10 +5,12 @@ One rule per shape of operator, not per operator: the tables say which body oper
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import Node
 
 from dsmoe_compiler.ir.body import Attr
-from dsmoe_compiler.ir.graph import Size, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import Size, depends_on_data, is_tensor, same_size, shape, value
 from dsmoe_compiler.passes.lift.gather import is_pair_shaped
 from dsmoe_compiler.passes.lift.state import (
     Lift,
@@ -19,7 +21,7 @@ from dsmoe_compiler.passes.lift.state import (
     argument,
     operator_name,
 )
-from dsmoe_compiler.passes.lift.values import Everywhere, Pairs, Parts, Rows, Value
+from dsmoe_compiler.passes.lift.values import Everywhere, OneExpert, Pairs, Parts, Rows, Value
 
 UNARY = {
     "aten::neg": "neg",
@@ -164,17 +166,18 @@ def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None
 
 
 def _survives(node: Node, rows: Rows, trail: tuple[int, ...]) -> bool:
-    """The result has every operand's own row dimensions, then the width: no row was broadcast."""
+    """The result has every operand's own row dimensions, then the width: no row was broadcast.
+
+    Where how many rows there are was read from data, the rows' domain says that they are as many.
+    """
     sizes = shape(node)
     if len(sizes) != rows.lead + len(trail) or not all(map(same_size, sizes[rows.lead :], trail)):
         return False
     operands = [a for a in node.args[:2] if isinstance(a, Node)]
     return all(
-        map(
-            same_size,
-            sizes[: rows.lead] * len(operands),
-            [s for a in operands for s in shape(a)[: rows.lead]],
-        )
+        same_size(a, b) or depends_on_data(a) or depends_on_data(b)
+        for operand in operands
+        for a, b in zip(sizes[: rows.lead], shape(operand)[: rows.lead], strict=True)
     )
 
 
@@ -290,6 +293,8 @@ def _leads(rows: Rows, old: tuple[Size, ...], new: tuple[Size, ...]) -> list[int
             found.append(2)
         if rows.lead == 2 and rows.domain.axis == 0:
             found.append(1)
+    elif isinstance(rows.domain, OneExpert):
+        found += [1] if rows.lead > 1 else []
     elif rows.domain.order is None:
         if rows.lead > 1:
             found.append(1)
@@ -315,6 +320,8 @@ def squeeze(lift: Lift, node: Node) -> Value | None:
     if rows is None or dims is None:
         return None
     rank = rows.lead + len(rows.trail)
+    if isinstance(rows.domain, OneExpert) and rows.lead == 2 and dims in (0, [0]):
+        return replace(rows, lead=1)
     gone = {d % rank - rows.lead for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
     if any(at < 0 for at in gone):
         return None

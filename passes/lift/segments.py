@@ -20,6 +20,7 @@ from torch.fx import Node
 from dsmoe_compiler.ir.graph import shape, value
 from dsmoe_compiler.passes.lift.state import Lift, Rule, argument, count_of, operator_name
 from dsmoe_compiler.passes.lift.values import (
+    Count,
     Counts,
     Filled,
     MultiHot,
@@ -38,17 +39,32 @@ from dsmoe_compiler.passes.lift.values import (
 
 def read_count(lift: Lift, node: Node) -> Value | None:
     """counts[e].item(): gives the symbol its meaning; the number itself is no value of a row."""
-    entry = node.args[0]
-    if not isinstance(entry, Node) or operator_name(entry) != "aten::select":
-        return None
-    counts, e, size = lift.of(entry.args[0]), argument(entry, "index"), node.meta.get("val")
-    if not isinstance(counts, (Counts, Offsets)) or not isinstance(size, torch.SymInt):
-        return None
-    e %= counts.experts
-    first = e if isinstance(counts, Counts) else 0
-    lift.counted[counts.ids] = counts.experts
-    lift.sizes[size.node.expr] = sympy.Add(*(count_of(counts.ids, i) for i in range(first, e + 1)))
+    found, size = lift.of(node.args[0]), node.meta.get("val")
+    if isinstance(found, Count) and isinstance(size, torch.SymInt):
+        counts = (count_of(found.ids, e) for e in range(found.first, found.stop))
+        lift.sizes[size.node.expr] = sympy.Add(*counts)
     return None
+
+
+def entry(lift: Lift, node: Node) -> Value | None:
+    """counts[e], offsets[e]."""
+    found = lift.of(node.args[0])
+    if not isinstance(found, (Counts, Offsets)) or argument(node, "dim") not in (0, -1):
+        return None
+    index: int = argument(node, "index")
+    return _entries(lift, found)[index]
+
+
+def entries(lift: Lift, node: Node) -> Value | None:
+    """All counts or offsets, one by one."""
+    found = lift.of(node.args[0])
+    return Parts(_entries(lift, found)) if isinstance(found, (Counts, Offsets)) else None
+
+
+def _entries(lift: Lift, found: Counts | Offsets) -> tuple[Count, ...]:
+    lift.counted[found.ids] = found.experts
+    offsets = isinstance(found, Offsets)
+    return tuple(Count(found.ids, 0 if offsets else e, e + 1) for e in range(found.experts))
 
 
 def narrow(lift: Lift, node: Node) -> Value | None:
@@ -131,6 +147,8 @@ def count_by_adding(lift: Lift, node: Node) -> Value | None:
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::item": (read_count,),
     "aten::_local_scalar_dense": (read_count,),
+    "aten::select": (entry,),
+    "aten::unbind": (entries,),
     "aten::narrow": (narrow,),
     "aten::slice": (narrow,),
     "aten::split_with_sizes": (split,),

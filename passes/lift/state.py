@@ -82,7 +82,8 @@ class Lift:
     """One walk over one graph: meanings by node, terms, sources of weights, losses.
 
     `own` holds the tensors of single experts, `packs` those that became one over all experts; `sizes` says of
-    a symbol that a count was read into which counts it sums, `counted` of which ids and how many experts.
+    a symbol that a count was read into which counts it sums, `counted` of which ids and how many experts;
+    `written` are the tokens' rows that a loop wrote, each token having one id.
     """
 
     graph: ProgramGraph
@@ -98,6 +99,7 @@ class Lift:
     counted: dict[Node, int] = field(default_factory=dict)
     losses: list[Lost] = field(default_factory=list)
     overwritten: set[Node] = field(default_factory=set)
+    written: list[Node] = field(default_factory=list)
 
     def run(self, finish: Callable[[Lift, Node, PartialSum], Combined]) -> list[tuple[Node, Combined]]:
         """Walk once, forward; returns every place where rows became tokens.
@@ -109,19 +111,34 @@ class Lift:
         for node in nodes:
             if node.op == "call_function" and (found := self._interpret(node)) is not None:
                 self.meaning[node] = found
-        combined = []
+        combined, whole = [], self._whole_rows()
         for node, found in self.meaning.items():
             if isinstance(found, PartialSum) and not any(self._adds_to(u, node) for u in node.users):
                 try:
                     found = finish(self, node, found)
                 except Unproven as e:
                     self._lose(node, e.code, e.because)
+            if node in whole and isinstance(found, Rows):
+                found = Combined(found)
             if isinstance(found, Combined):
                 combined.append((node, found))
         return combined
 
+    def _whole_rows(self) -> set[Node]:
+        """Where each token has one id and a loop wrote all rows: the last values that are still rows."""
+        reached, last = set[Node](), set[Node]()
+        stack = list(self.written)
+        while stack:
+            node = stack.pop()
+            further = [u for u in node.users if isinstance(self.meaning.get(u), Rows)]
+            if not further and all(not isinstance(self.meaning.get(u), Combined) for u in node.users):
+                last.add(node)
+            stack += [u for u in further if u not in reached]
+            reached.update(further)
+        return last
+
     def _adds_to(self, user: Node, node: Node) -> bool:
-        return user.args[0] is node and isinstance(self.meaning.get(user), PartialSum)
+        return node in user.all_input_nodes and isinstance(self.meaning.get(user), PartialSum)
 
     def _interpret(self, node: Node) -> Value | None:
         known = [v for a in node.all_input_nodes if (v := self.meaning.get(a)) is not None]

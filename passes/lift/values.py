@@ -63,18 +63,19 @@ class OneExpert:
     """The pairs of `ids` that chose one expert.
 
     `order` says how they are listed: "token" by token (then slot), "slot" by slot (then token), or as the
-    sort that is a node lists them.
+    sort that is a node lists them; `slot` that only pairs of this slot are.
     """
 
     ids: Node
     slots: int
     expert: int
     order: Node | str
+    slot: int | None = None
 
     @property
     def words(self) -> str:
         """For a reader."""
-        return f"the rows of expert {self.expert}"
+        return f"the rows of expert {self.expert}" + ("" if self.slot is None else f" in slot {self.slot}")
 
     def meet(self, other: Domain) -> OneExpert | None:
         """The same rows, or None."""
@@ -196,12 +197,48 @@ class MultiHot:
 
 @dataclass(frozen=True)
 class Mask:
-    """True (or 1) where a pair chose one expert; `axes` names the dimensions, "T" says that any slot did."""
+    """True (or 1) where a pair chose one expert; `axes` names the dimensions ("1" one of size 1 in front).
+
+    "T" says that any slot did, or the one that is given.
+    """
 
     ids: Node
     slots: int
     expert: int
     axes: str
+    slot: int | None = None
+
+
+@dataclass(frozen=True)
+class Outside:
+    """True where `mask` is not."""
+
+    mask: Mask
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A matrix of which row (column, where `across`) i holds the i-th chosen pair's token, slot, …"""
+
+    items: tuple[Value | None, ...]
+    across: bool = False
+
+
+@dataclass(frozen=True)
+class Spread:
+    """An index for each row, the same for each of the row's `width` numbers."""
+
+    at: TokenOf | Permutation
+    width: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """One number: how many pairs of `ids` chose an expert from `first` on, before `stop`."""
+
+    ids: Node
+    first: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -222,26 +259,37 @@ class MaskedWeights:
 
 
 @dataclass(frozen=True)
-class PartialSum:
-    """(T, D): `base` (nothing if None) plus each token's rows of the experts added so far.
+class Visit:
+    """What a loop computed for one expert's pairs, or for those of one slot."""
 
-    `terms` are (expert, term), in the order they were added.
-    """
+    expert: int
+    term: int
+    slot: int | None = None
+
+    @property
+    def words(self) -> str:
+        """For a reader."""
+        return f"expert {self.expert}" + ("" if self.slot is None else f" in slot {self.slot}")
+
+
+@dataclass(frozen=True)
+class PartialSum:
+    """(T, D): `base` (nothing if None) plus each token's rows of the experts visited so far, in order."""
 
     ids: Node
     slots: int
-    terms: tuple[tuple[int, int], ...]
+    visits: tuple[Visit, ...]
     width: int
     base: Node | None = None
 
 
 @dataclass(frozen=True)
 class PartialRows:
-    """The pairs in their own order, the rows of the experts met so far written; `terms` as in PartialSum."""
+    """The pairs in their own order, the rows of the experts visited so far written."""
 
     ids: Node
     slots: int
-    terms: tuple[tuple[int, int], ...]
+    visits: tuple[Visit, ...]
     trail: tuple[int, ...]
 
 
@@ -287,6 +335,10 @@ Value: TypeAlias = (
     | OneHot
     | MultiHot
     | Mask
+    | Outside
+    | Coordinates
+    | Spread
+    | Count
     | Column
     | MaskedWeights
     | PartialSum
