@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import dsmoe_compiler as dsmoe
+from dsmoe_compiler.cli.stages import load_modules
 from dsmoe_compiler.functions import as_module
 from dsmoe_compiler.interrupt import Deferred, forwards, poll
 
@@ -329,6 +330,17 @@ def test_the_first_use_of_a_name_is_an_import_that_is_not_broken_off() -> None:
         "print(dsmoe.compile(torch.nn.Linear(4, 4), (torch.ones(2, 4),)).report.fused)"
     )
     assert out.split() == ["interrupted", "True", "0"]
+
+
+def test_a_commands_imports_are_not_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_to_load.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhole = True\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        load_modules(said.append, "slow_to_load")
+    assert sys.modules.pop("slow_to_load").whole and said == ["load torch"]
 
 
 @pytest.mark.parametrize("work", ["program.save(path)", "dsmoe.load(path)"])

@@ -14,7 +14,7 @@ from dsmoe_compiler.cli.input_option import ExampleInput, input_option
 from dsmoe_compiler.cli.memory import readable, require_disk
 from dsmoe_compiler.cli.model_argument import is_saved_program, resolve, weight_bytes
 from dsmoe_compiler.cli.output_file import require_writable
-from dsmoe_compiler.cli.stages import Stage, stages
+from dsmoe_compiler.cli.stages import Stage, load_modules, stages
 from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.report.report import Report
 
@@ -119,7 +119,7 @@ def _compile(
     text: str, output: Path, inputs: tuple[ExampleInput, ...], options: Options, stage: Stage
 ) -> Written:
     start = time.perf_counter()
-    stage("load torch")
+    load_modules(stage, "dsmoe_compiler.api")
     from dsmoe_compiler import api
 
     stage(f"build {text}")

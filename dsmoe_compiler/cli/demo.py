@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from dsmoe_compiler.cli.measure import alternate
-from dsmoe_compiler.cli.stages import Stage, stages
+from dsmoe_compiler.cli.stages import Stage, load_modules, stages
 from dsmoe_compiler.report.grid import Column, Grid, Row
 from dsmoe_compiler.report.report import Report
 
@@ -77,7 +77,7 @@ def demo(as_json: bool) -> None:
 
 
 def _run(stage: Stage) -> Demo:
-    stage("load torch")
+    load_modules(stage, "dsmoe_compiler.api")
     import torch
 
     from dsmoe_compiler import api

@@ -9,7 +9,7 @@ import click
 
 from dsmoe_compiler.cli.input_option import ExampleInput, input_option
 from dsmoe_compiler.cli.model_argument import is_saved_program, resolve
-from dsmoe_compiler.cli.stages import Stage, stages
+from dsmoe_compiler.cli.stages import Stage, load_modules, stages
 from dsmoe_compiler.report.report import Report
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _print(report: Report, as_json: bool) -> None:
 
 
 def _report(text: str, inputs: tuple[ExampleInput, ...], stage: Stage) -> tuple[Report, tuple[str, ...]]:
-    stage("load torch")
+    load_modules(stage, "dsmoe_compiler.api")
     from dsmoe_compiler import api, program
 
     if is_saved_program(text):
@@ -107,7 +107,7 @@ def _anatomy(
         raise click.UsageError(
             f"{text} is compiled: what its layers were is not in it. Give the model it was compiled from."
         )
-    stage("load torch")
+    load_modules(stage, "dsmoe_compiler.api")
     from dsmoe_compiler import api
     from dsmoe_compiler.anatomy.watch import Anatomist
     from dsmoe_compiler.cli.one_layer import chosen_layer

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import click
 
-from dsmoe_compiler.cli.stages import stages
+from dsmoe_compiler.cli.stages import load_modules, stages
 from dsmoe_compiler.report.grid import Column, Grid, Row
 
 INDENT = "    "
@@ -40,7 +40,7 @@ def models(as_json: bool) -> None:
       dsmoe models
     """
     with stages() as stage:
-        stage("load torch")
+        load_modules(stage, "dsmoe_compiler.models.zoo")
         entries = _entries()
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))

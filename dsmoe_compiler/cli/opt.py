@@ -12,7 +12,7 @@ import click
 from dsmoe_compiler.cli.input_option import ExampleInput, input_option
 from dsmoe_compiler.cli.optimize import Capture, Optimized, Options, Remarks, Verify, Watched, optimize
 from dsmoe_compiler.cli.output_file import require_text_place, write_text
-from dsmoe_compiler.cli.stages import stages
+from dsmoe_compiler.cli.stages import load_modules, stages
 
 
 @click.command("opt", short_help="Run chosen passes over MODEL's graph and print it.")
@@ -131,7 +131,7 @@ def opt(
 
 def _list_passes(as_json: bool) -> None:
     with stages() as stage:
-        stage("load torch")
+        load_modules(stage, "dsmoe_compiler.pipeline")
         from dsmoe_compiler.cli.pass_tables import listing, listing_records
         from dsmoe_compiler.pipeline import DEFAULT, PASSES
         from dsmoe_compiler.pipeline_text import print_pipeline
@@ -145,7 +145,7 @@ def _list_passes(as_json: bool) -> None:
 
 def _dump_pipeline(pipeline: str | None) -> None:
     with stages() as stage:
-        stage("load torch")
+        load_modules(stage, "dsmoe_compiler.pipeline")
         from dsmoe_compiler.pipeline import steps_of
         from dsmoe_compiler.pipeline_text import print_pipeline
     click.echo(print_pipeline(steps_of(pipeline)))

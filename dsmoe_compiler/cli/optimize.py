@@ -12,7 +12,7 @@ import click
 from dsmoe_compiler.cli.input_option import ExampleInput
 from dsmoe_compiler.cli.model_argument import device_of, is_saved_program, resolve
 from dsmoe_compiler.cli.output_file import require_folder
-from dsmoe_compiler.cli.stages import Stage
+from dsmoe_compiler.cli.stages import Stage, load_modules
 from dsmoe_compiler.ir.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def optimize(
     Raises InputError when MODEL, a pass, an option or the folder is not what the user believes, and what
     capture and passes raise.
     """
-    stage("load torch")
+    load_modules(stage, "dsmoe_compiler.api")
     from dsmoe_compiler import api
     from dsmoe_compiler.cli.ir_dumps import IRDumps, ModuleCheck, shower
     from dsmoe_compiler.pipeline import steps_of

@@ -6,11 +6,13 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import TextIO, TypeAlias
 
 import click
 
 from dsmoe_compiler.cli.quiet import quiet
+from dsmoe_compiler.interrupt import Deferred
 
 PATIENCE_SECONDS = 2.0
 Stage: TypeAlias = Callable[[str], None]
@@ -26,6 +28,16 @@ def stages() -> Iterator[Stage]:
     show = _spinner if sys.stderr.isatty() else _lines
     with show(sys.stderr) as stage, quiet():
         yield stage
+
+
+def load_modules(stage: Stage, *modules: str) -> None:
+    """Import what takes seconds, as a stage of its own. Ctrl-C waits for the end: broken off in there it may
+    get lost, or come out as another error.
+    """
+    stage("load torch")
+    with Deferred():
+        for name in modules:
+            import_module(name)
 
 
 @contextlib.contextmanager
