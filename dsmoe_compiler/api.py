@@ -16,7 +16,6 @@ from torch.fx import Node
 from dsmoe_compiler import pipeline as passes
 from dsmoe_compiler.capture import Captured, CaptureMode
 from dsmoe_compiler.capture import capture as capture_model
-from dsmoe_compiler.control_flow import Assumption
 from dsmoe_compiler.functions import as_module
 from dsmoe_compiler.instrument import Instrument
 from dsmoe_compiler.interrupt import Deferred, forwards, poll
@@ -29,6 +28,7 @@ from dsmoe_compiler.program import Program, name_outputs
 from dsmoe_compiler.replay import replay, replay_routings
 from dsmoe_compiler.report.report import PassReport, Report
 from dsmoe_compiler.runtime.lower import BACKENDS, Backend, choose
+from dsmoe_compiler.tracing.assumption import Assumption
 from dsmoe_compiler.turns import TURN
 from dsmoe_compiler.validate import validate
 

@@ -30,7 +30,6 @@ from torch.fx import Node
 from torch.fx.experimental import _config as shapes_config
 from torch.utils import _pytree as pytree
 
-from dsmoe_compiler.control_flow import Assumption, Unrolling, keep_in_place, sizes_assumed
 from dsmoe_compiler.functions import as_module
 from dsmoe_compiler.inputs import CallSignature, Inputs
 from dsmoe_compiler.ir.errors import CaptureError, InputError
@@ -38,7 +37,12 @@ from dsmoe_compiler.outputs import Structure
 from dsmoe_compiler.preserve import buffers_kept, preserved
 from dsmoe_compiler.quiet import silenced
 from dsmoe_compiler.resize import resized
-from dsmoe_compiler.symbolic_int import Codes, keep_symbolic
+from dsmoe_compiler.tracing.assumption import Assumption
+from dsmoe_compiler.tracing.conversions import keep_in_place
+from dsmoe_compiler.tracing.frames import is_of_user
+from dsmoe_compiler.tracing.sizes import sizes_assumed
+from dsmoe_compiler.tracing.symbolic_int import Codes, keep_symbolic
+from dsmoe_compiler.tracing.unrolling import Unrolling
 
 CaptureMode = Literal["auto", "as_written"]
 _Spec = TypeVar("_Spec", InputSpec, OutputSpec)
@@ -409,9 +413,5 @@ def _reason(failure: Exception) -> str:
 def _place(failure: Exception) -> str:
     """The innermost line outside torch and this package, if there is one."""
     frames = traceback.extract_tb(failure.__traceback__)
-    own = [f for f in frames if f.line and "/torch/" not in f.filename and not _is_ours(f.filename)]
+    own = [f for f in frames if f.line and is_of_user(f.filename)]
     return f" at {Path(own[-1].filename).name}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""
-
-
-def _is_ours(filename: str) -> bool:
-    return Path(filename).parent == Path(__file__).parent or filename == contextlib.__file__

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dsmoe_compiler as dsmoe
-from dsmoe_compiler import control_flow
 from dsmoe_compiler.capture import capture
+from dsmoe_compiler.tracing import assumption
 from tests.tiny_models import relative
 
 D, E, K = 16, 4, 2
@@ -60,8 +60,8 @@ HITS: dict[str, Callable[[Tensor], Any]] = {
     "nonzero as tuple": lambda ids: (_counts(ids) > 0).nonzero(as_tuple=True)[0],
     "where": lambda ids: torch.where(_counts(ids) > 0)[0].cpu(),
     "by position": lambda ids: (lambda hit: [hit[i] for i in range(len(hit))])(_counts(ids).nonzero()[:, 0]),
-    "unique": lambda ids: torch.unique(ids),  # type: ignore[no-untyped-call]
-    "unique of a view": lambda ids: ids.view(-1).unique().tolist(),
+    "unique": lambda ids: torch.unique(ids),
+    "unique of a view": lambda ids: ids.view(-1).unique().tolist(),  # type: ignore[no-untyped-call]
     "counts to the host": lambda ids: [e for e, n in enumerate(_counts(ids).tolist()) if n > 0],
     "counts through numpy": lambda ids: [e for e, n in enumerate(_counts(ids).cpu().numpy()) if n != 0],
     "bincount": lambda ids: [
@@ -112,6 +112,8 @@ class _ByValue(_Layer):
         lambda x, ids: _counts(ids).tolist()[0] > 5,
         lambda x, ids: _counts(ids).tolist()[0] == _counts(ids).tolist()[1],
         lambda x, ids: ids[0, 0] == 1,
+        lambda x, ids: torch.isnan(x).any(),
+        lambda x, ids: (x > 3).any(),
         lambda x, ids: (ids == 0).all(),
     ],
 )
@@ -183,7 +185,7 @@ def test_a_class_without_weights_is_left_out() -> None:
     model = _Sentinel()
     program = dsmoe.compile(model, (x := torch.randn(37, D),))
     assert relative(program(x), model(x)) < 1e-6
-    assert any(control_flow.SENTINEL in remark for remark in program.report.remarks)
+    assert any(assumption.SENTINEL in remark for remark in program.report.remarks)
 
 
 class _Segments(_Layer):
@@ -311,5 +313,5 @@ def test_an_inspection_says_that_nothing_was_checked() -> None:
 
 def test_assumptions_are_written_once_a_line() -> None:
     assumed = capture(_HitIndices(HITS["any of a mask"]), (torch.randn(37, D),)).assumed
-    assert [a.text for a in assumed] == [control_flow.TOKENS]
+    assert [a.text for a in assumed] == [assumption.TOKENS]
     assert assumed[0].source.startswith("test_control_flow.py:")

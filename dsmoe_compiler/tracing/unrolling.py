@@ -14,52 +14,33 @@ for an expert that has tokens, and what that takes for granted is written down a
     weights[e], e a class too many       no token selects the last class       SENTINEL
 
 An assumption is about the user's code, so it can be false: whoever captures has to replay the graph against
-the model on routings where it would show. Names formatted from an index, a static `bincount` and a `.to` that
-changes nothing are taken as well; these assume nothing.
+the model on routings where it would show. Names formatted from an index and a static `bincount` are taken as
+well; these assume nothing. Questions about sizes are answered in `sizes.py`.
 
-Nothing outside the current thread and the traced program's own shapes is changed: a function mode is
-thread-local, the shape oracle is set on the one ShapeEnv in use, `Module.to` on the one model's modules.
+Nothing outside the current thread and the traced program is changed: a function mode is thread-local, the
+oracle of `sizes.py` is set on the one ShapeEnv in use, conversions on the one model's modules.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import sys
-from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass
-from pathlib import Path
-from types import CodeType, FrameType
+from collections.abc import Callable, MutableMapping
+from types import CodeType
 from typing import Any, TypeAlias, TypeVar, cast
 
-import sympy
 import torch
-from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dsmoe_compiler.ir.graph import depends_on_data
+from dsmoe_compiler.tracing.assumption import COUNTS, SENTINEL, SIZES, TOKENS, VISITS, WITHIN, Assumption
+from dsmoe_compiler.tracing.frames import callers_of_number, user_line
 
 Function: TypeAlias = Callable[..., Any]
 _Fact = TypeVar("_Fact")
 _OfTensors: TypeAlias = MutableMapping[Tensor, _Fact]
 
-VISITS = "every index is visited: for an expert without tokens the loop's body changes nothing"
-COUNTS = "the numbers read from the tensor are counts: none is negative"
-TOKENS = "the branch is the one of an expert that has tokens; without tokens it changes nothing"
-SIZES = "sizes that depend on data are equal where they meet, and none is a single row to be broadcast"
-WITHIN = "slices by counts lie within what they slice, each end after its start"
-SENTINEL = "no token selects the last class"
-
-_OUR_FOLDER = str(Path(__file__).parent)
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
-_SIZE_OF_THE_UNKNOWN = (
-    64  # an unbacked size where an inequality asks; sizes the caller chooses are far larger
-)
-_SIZE_OF_AN_INPUT = 2**20
 # Functions whose results follow from a known tensor: all that code does with a list of hit experts.
 _FOLLOWS = frozenset(
     {
@@ -77,17 +58,6 @@ _SAME_NUMBERS = frozenset(
 _MOVES = frozenset({"t", "transpose", "permute", "expand", "scatter_", "scatter"})
 
 
-@dataclass(frozen=True)
-class Assumption:
-    """What tracing took for granted, one of the sentences above, and the user's "file.py:123" it is about."""
-
-    text: str
-    source: str
-
-    def __str__(self) -> str:
-        return f"{self.source}: {self.text}" if self.source else self.text
-
-
 class Unrolling(TorchFunctionMode):
     """Enter it around the forward while torch.export traces; `assumed` then lists what it took for granted.
 
@@ -99,9 +69,8 @@ class Unrolling(TorchFunctionMode):
         super().__init__()
         self.skip_last = skip_last
         self.asks_value = False
-        self.baked = set[
-            CodeType
-        ]()  # functions of the user's whose int(…) made a number of a size that varies
+        # Functions of the user's that want a number where a symbol would do.
+        self.baked = set[CodeType]()
         self._assumed: dict[Assumption, None] = {}
         self._known: _OfTensors[Tensor] = WeakIdKeyDictionary()  # its values, on the CPU
         self._flags: _OfTensors[bool] = WeakIdKeyDictionary()  # whether its numbers are 0 and 1
@@ -116,7 +85,7 @@ class Unrolling(TorchFunctionMode):
 
     def assume(self, text: str) -> None:
         """Write down an assumption about the line of the user's code that runs now."""
-        self._assumed[Assumption(text, _user_line())] = None
+        self._assumed[Assumption(text, user_line())] = None
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -137,7 +106,7 @@ class Unrolling(TorchFunctionMode):
         if name == "__bool__":
             return self._value(func, tensor)
         if (name == "__int__" and _constant(tensor) is None) or (name == "__len__" and _is_unknown(tensor)):
-            self.baked.update(_callers_of_int())  # Python wants a number; it may do with a symbol
+            self.baked.update(callers_of_number())  # Python wants a number; it may do with a symbol
         result = func(*args, **kwargs)
         self._learn(name, tensor, args, result)
         return result
@@ -200,8 +169,10 @@ class Unrolling(TorchFunctionMode):
         if not isinstance(result, Tensor) or _constant(result) is not None:
             return
         if result.dtype == torch.bool:
+            if self._is_mask_of_pairs(name, tensor):
+                self._flags[result] = True
             answer = self._with_tokens(name, tensor, args)
-            if answer is not None and result.numel() == 1:
+            if answer is not None and result.dim() == 0:
                 self._branches[result] = answer
         elif not result.is_floating_point() and not result.is_complex():
             width = tensor.shape[-1] if name == "argmax" else self._widths.get(tensor)
@@ -221,7 +192,7 @@ class Unrolling(TorchFunctionMode):
         """
         if name in ("logical_not", "__invert__", "bitwise_not") and tensor in self._branches:
             return not self._branches[tensor]
-        if name == "any":
+        if name == "any" and tensor in self._flags:
             return True
         if name in _SAME_NUMBERS and tensor in self._branches:
             return bool(self._branches[tensor])
@@ -233,6 +204,13 @@ class Unrolling(TorchFunctionMode):
             case ("ne" | "__ne__" | "gt" | "__gt__" | "greater", 0) | ("ge" | "__ge__", 1):
                 return True
         return None
+
+    def _is_mask_of_pairs(self, name: str, tensor: Tensor) -> bool:
+        """Whether a boolean result says which pairs chose an expert: ids compared, or made of such."""
+        if name in ("eq", "__eq__"):
+            return not tensor.is_floating_point() and tensor.dtype != torch.bool
+        kept = name in (*_SAME_NUMBERS, *_MOVES, "any", "bool", "gt", "__gt__", "ne", "__ne__")
+        return kept and tensor in self._flags
 
     def _lists_indices(
         self, name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -360,136 +338,3 @@ def _symbolic_one_hot(tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     if not isinstance(classes, torch.SymInt):
         return None
     return ((tensor.unsqueeze(-1) == torch.arange(cast(int, classes), device=tensor.device)).to(torch.int64),)
-
-
-def _user_line() -> str:
-    """The innermost "file.py:123" on the stack outside torch and this package."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not _is_of_torch_or_ours(file):
-            return f"{Path(file).name}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return ""
-
-
-def _is_of_torch_or_ours(file: str) -> bool:
-    ours = str(Path(file).parent) == _OUR_FOLDER
-    return ours or file.startswith((_TORCH_FOLDER, "<")) or Path(file).name == "contextlib.py"
-
-
-@contextlib.contextmanager
-def sizes_assumed(environment: ShapeEnv, mode: Unrolling) -> Iterator[None]:
-    """While open, questions about sizes that depend on data are answered as for experts that have tokens."""
-    evaluate = environment.evaluate_expr
-
-    @functools.wraps(evaluate)
-    def answer(expression: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
-        try:
-            found = evaluate(expression, *args, **kwargs)
-        except Exception as e:
-            if not isinstance(expression, sympy.logic.boolalg.Boolean):
-                mode.baked.update(_callers_of_int())
-            if mode.asks_value or "data-dependent" not in str(e).lower():
-                raise
-            assumed = _about_tokens(expression)
-            if assumed is None:
-                raise
-            text, truth = assumed
-            mode.assume(text)
-            return sympy.true if truth else sympy.false
-        if not isinstance(expression, sympy.logic.boolalg.Boolean):
-            mode.baked.update(_callers_of_int())
-        return found
-
-    environment.evaluate_expr = answer  # type: ignore
-    try:
-        yield
-    finally:
-        del environment.evaluate_expr
-
-
-def _callers_of_int() -> list[CodeType]:
-    """Of an `int(…)` or `len(…)` in the user's code, the function that holds it and those that called it, up
-    to the next operator or module; none if it is no such call.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    below, codes = "", list[CodeType]()
-    while frame is not None:
-        if not _is_of_torch_or_ours(frame.f_code.co_filename):
-            if not codes and below not in ("__int__", "__len__", "__torch_function__"):
-                return []
-            codes.append(frame.f_code)
-        elif codes:
-            break
-        below, frame = frame.f_code.co_name, frame.f_back
-    return codes
-
-
-def _about_tokens(expression: sympy.Basic) -> tuple[str, bool] | None:
-    """(what is assumed, the answer) for a comparison of sizes; None where the code asks for a value."""
-    if not isinstance(expression, sympy.core.relational.Relational):
-        return None
-    unknown = [s for s in expression.free_symbols if symbol_is_type(s, SymT.UNBACKED_INT)]
-    if not unknown:
-        return None
-    if (with_tokens := _asks_for_tokens(expression)) is not None:
-        return TOKENS, with_tokens
-    if _is_branch_of_the_user():
-        return None
-    if isinstance(expression, (sympy.Eq, sympy.Ne)):
-        return SIZES, isinstance(expression, sympy.Eq) != (1 in expression.args)
-    sizes = {s: _SIZE_OF_AN_INPUT for s in expression.free_symbols}
-    sizes |= {s: _SIZE_OF_THE_UNKNOWN + 7 * i for i, s in enumerate(sorted(unknown, key=str))}
-    truth = expression.subs(sizes)
-    return (SIZES, bool(truth)) if truth in (sympy.true, sympy.false) else None
-
-
-def _asks_for_tokens(expression: sympy.Basic) -> bool | None:
-    """Whether "n == 0", "n > 0" and the like hold for a positive n; None for another question."""
-    left, right = expression.args
-    if right not in (0, 1) or left.is_Number:
-        return None
-    none = {"Eq": 0, "LessThan": 0, "StrictLessThan": 1}
-    some = {"Ne": 0, "StrictGreaterThan": 0, "GreaterThan": 1}
-    kind = {"Equality": "Eq", "Unequality": "Ne"}.get(type(expression).__name__, type(expression).__name__)
-    if none.get(kind) == right:
-        return False
-    return True if some.get(kind) == right else None
-
-
-def _is_branch_of_the_user() -> bool:
-    """Whether the comparison is an `if` of the user's own, rather than one of an operator's checks."""
-    frame: FrameType | None = sys._getframe(1)
-    below = ""
-    while frame is not None:
-        if not _is_of_torch_or_ours(frame.f_code.co_filename):
-            return below == "__bool__"
-        below, frame = frame.f_code.co_name, frame.f_back
-    return False
-
-
-def keep_in_place(module: nn.Module) -> None:
-    """Have `.to`, `.float` and their like return the module where they would change nothing.
-
-    Sets attributes on the modules; whoever calls puts the modules back.
-    """
-    for part in module.modules():
-        for name in ("to", "float", "half", "bfloat16", "double"):
-            setattr(part, name, _unless_needless(part, name, getattr(part, name)))
-
-
-def _unless_needless(module: nn.Module, name: str, convert: Function) -> Function:
-    @functools.wraps(convert)
-    def converted(*args: Any, **kwargs: Any) -> Any:
-        wanted = {"float": (torch.float32,), "double": (torch.float64,)}.get(name)
-        wanted = wanted or {"half": (torch.float16,), "bfloat16": (torch.bfloat16,)}.get(name) or args
-        device, dtype, _, layout = torch._C._nn._parse_to(*wanted, **kwargs)
-        tensors = [*module.parameters(), *module.buffers()]
-        same_dtype = dtype is None or all(t.dtype == dtype for t in tensors if t.is_floating_point())
-        same_device = device is None or all(t.device == device for t in tensors)
-        return module if same_dtype and same_device and layout is None else convert(*args, **kwargs)
-
-    return converted
