@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import dsmoe_compiler as dsmoe
 from dsmoe_compiler.storages import Plan, content, memory
+from tests.tiny_models import SeparateExperts
 
 
 def _again(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
@@ -184,33 +185,8 @@ def test_it_loads_where_the_models_class_does_not_exist(tmp_path: Path) -> None:
     assert run(save, tmp_path / "there") == run(load, tmp_path)
 
 
-class _Expert(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu())  # type: ignore[no-any-return]
-
-
-class _Separate(nn.Module):
-    """Eight experts of their own, which the compiler packs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.experts = nn.Linear(16, 8, bias=False), nn.ModuleList(_Expert() for _ in range(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, ids = self.gate(x).softmax(-1).topk(2)
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
-        return out
-
-
 def test_experts_that_were_packed_stay_packed(tmp_path: Path) -> None:
-    model, x = _Separate(), torch.randn(9, 16)
+    model, x = SeparateExperts(), torch.randn(9, 16)
     program = dsmoe.compile(model, (x,), require_fused=True)
     program.save(tmp_path / "p.pt2")
     loaded = dsmoe.load(tmp_path / "p.pt2")

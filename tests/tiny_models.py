@@ -30,6 +30,32 @@ class Experts(nn.Module):
         return (y * weights.reshape(-1, 1)).view(*ids.shape, y.shape[-1]).sum(1)
 
 
+class _Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())  # type: ignore[no-any-return]
+
+
+class SeparateExperts(nn.Module):
+    """A whole MoE layer (T, D) -> (T, D) as a loop over eight modules; their weights are random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(16, 8, bias=False), nn.ModuleList(_Expert() for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, 16) float."""
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
 def tiny() -> nn.Module:
     """The zoo's deepseek-moe-tiny, which every test may change."""
     return build("deepseek-moe-tiny")
