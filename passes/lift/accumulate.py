@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import dtype, same_size, shape, value
+from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, shape, value
 from dsmoe_compiler.passes.lift.discover import require_distinct, selected_from
 from dsmoe_compiler.passes.lift.reroll import reroll
 from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Combined,
+    Domain,
     Filled,
     Mask,
     OneExpert,
@@ -99,6 +100,8 @@ def add(lift: Lift, node: Node) -> Value | None:
         return None
     left, right = (a for a in node.args[:2] if isinstance(a, Node))
     a, b = lift.of(left), lift.of(right)
+    if not is_tensor(left) or not is_tensor(right):
+        return None
     if dtype(left) != dtype(right) or not all(map(same_size, shape(left), shape(right))):
         return None
     if isinstance(a, PartialSum) and isinstance(b, PartialSum):
@@ -160,18 +163,24 @@ def _added(lift: Lift, node: Node, domain: OneExpert, rows: Rows | None, written
     if rows is None or rows.lead != 1 or len(rows.trail) != 1:
         return None
     if rows.domain != domain:
-        raise Unproven("R402", f"{rows.domain.words} are added at the tokens of {domain.words}")
+        other = "that other ids chose" if _same_but_ids(rows.domain, domain) else f"of {domain.words}"
+        raise Unproven("R402", f"{rows.domain.words} are added at the tokens {other}")
     if dtype(written) != dtype(node) or shape(node)[-1] != rows.width or len(shape(node)) != 2:
         return None
     so_far = lift.of(start)
     visit = Visit(domain.expert, rows.term, domain.slot)
+    lift.visited.setdefault(domain.ids, set()).add(domain.expert)
     if isinstance(so_far, PartialSum) and so_far.ids is domain.ids:
         return replace(so_far, visits=_joined(so_far.visits, (visit,)))
     if isinstance(so_far, Filled) and so_far.number == 0:
         return PartialSum(domain.ids, domain.slots, (visit,), rows.width)
-    if so_far is None or isinstance(so_far, (PartialSum, Combined)):
+    if so_far is None or isinstance(so_far, (PartialSum, Combined, Filled)):
         return PartialSum(domain.ids, domain.slots, (visit,), rows.width, start)
     return None
+
+
+def _same_but_ids(rows: Domain, at: OneExpert) -> bool:
+    return isinstance(rows, OneExpert) and rows.expert == at.expert and rows.ids is not at.ids
 
 
 def _written(lift: Lift, node: Node, rows: Rows) -> Value | None:
@@ -223,8 +232,11 @@ def concatenate(lift: Lift, node: Node) -> Value | None:
 def finished(lift: Lift, node: Node, found: PartialSum) -> Combined:
     """What a sum over the experts visited by a loop means, once nothing more is added.
 
-    Raises Unproven where the experts do not compute the same.
+    Raises Unproven where the experts do not compute the same, or others are visited that it does not hold.
     """
+    apart = lift.visited[found.ids] - {v.expert for v in found.visits}
+    if apart:
+        raise Unproven("R302", f"the rows of expert {min(apart)} are not in the sum that the others' are in")
     rows = Rows(Pairs(found.ids, found.slots), reroll(lift, found.slots, found.visits), 1, (found.width,))
     assert value(node).is_floating_point()
     experts = len({v.expert for v in found.visits})
