@@ -21,7 +21,7 @@ from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.ir.printer import print_graph
 from dsmoe_compiler.turns import TURN
 from tests.process_state import differences, process_state
-from tests.tiny_models import Experts, relative, tiny, tokens
+from tests.tiny_models import Experts, SeparateExperts, relative, tiny, tokens
 
 x_TD = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
 ids_BL = tokens(2, 5)
@@ -72,23 +72,21 @@ def repeated(
     return times
 
 
-def test_ten_threads_compile_what_one_does() -> None:
+@pytest.mark.parametrize("layer", [Experts, SeparateExperts])
+def test_ten_threads_compile_what_one_does(layer: Callable[[], nn.Module]) -> None:
     """Six of them the same two objects, four of them models of their own."""
-    shared: tuple[tuple[nn.Module, Tensor], ...] = ((tiny(), ids_BL), (Experts(), x_TD))
-    texts = [text(dsmoe.compile(model, (x,), verify="off")) for model, x in shared]
+    shared, x = (tiny(), layer()), (ids_BL, x_TD)
+    texts = [text(dsmoe.compile(shared[i], (x[i],), verify="off")) for i in (0, 1)]
+    models = [*shared * 3, tiny(), layer(), tiny(), layer()]
     with torch.no_grad():
-        expected = [model(x) for model, x in shared]
+        expected = [model(x[i % 2]) for i, model in enumerate(models)]
 
-    def one(i: int) -> tuple[str, float]:
-        model, x = shared[i % 2]
-        if i >= 6:
-            model = (tiny, Experts)[i % 2]()
-        program = dsmoe.compile(model, (x,), verify="numeric" if i < 2 else "off")
-        with torch.no_grad():
-            return text(program), relative(program(x), expected[i % 2])
+    def one(i: int) -> dsmoe.Program:
+        return dsmoe.compile(models[i], (x[i % 2],), verify="numeric" if i < 2 else "off")
 
-    for i, (found, error) in enumerate(together(*(partial(one, i) for i in range(10)))):
-        assert found == texts[i % 2] and error < 1e-5
+    for i, program in enumerate(together(*(partial(one, i) for i in range(10)))):
+        assert text(program) == texts[i % 2]
+        assert relative(run(program, x[i % 2]), expected[i]) < 1e-5
 
 
 def test_inspect_and_compile_and_save_and_load_at_once(tmp_path: Path) -> None:
@@ -230,11 +228,10 @@ def test_the_same_text_in_every_process() -> None:
         "import torch, dsmoe_compiler as dsmoe\n"
         "from dsmoe_compiler.ir.graph import ProgramGraph\n"
         "from dsmoe_compiler.ir.printer import print_graph\n"
-        "from dsmoe_compiler.models.zoo import build\n"
-        "ids = torch.ones(2, 5, dtype=torch.long)\n"
+        "from tests.tiny_models import SeparateExperts, tiny\n"
         "for _ in range(2):\n"
-        "    program = dsmoe.compile(build('deepseek-moe-tiny'), (ids,), verify='off')\n"
-        "    print(print_graph(ProgramGraph(program.exported)))"
+        "    for model, x in (tiny(), torch.ones(2, 5).long()), (SeparateExperts(), torch.ones(5, 16)):\n"
+        "        print(print_graph(ProgramGraph(dsmoe.compile(model, (x,), verify='off').exported)))"
     )
     texts = list[str]()
     for seed in "01":
@@ -243,6 +240,7 @@ def test_the_same_text_in_every_process() -> None:
             capture_output=True,
             text=True,
             check=True,
+            cwd=Path(__file__).parents[1],
             env={"PYTHONHASHSEED": seed, "PATH": "", "OMP_NUM_THREADS": "1"},
         )
         texts += [done.stdout[: len(done.stdout) // 2], done.stdout[len(done.stdout) // 2 :]]
