@@ -222,6 +222,7 @@ def test_gradients_side_by_side() -> None:
     assert all(t.equal(expected) for t in found[1::2])
 
 
+@pytest.mark.slow
 def test_the_same_text_in_every_process() -> None:
     """Whatever order Python's sets have there."""
     script = (
