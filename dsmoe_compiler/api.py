@@ -33,6 +33,7 @@ from dsmoe_compiler.turns import TURN
 from dsmoe_compiler.validate import validate
 
 Model = nn.Module | Callable[..., Any] | ExportedProgram
+_ASSUMED = {False: "assumed, not checked", True: "assumed, and held on forced routings"}
 
 
 def compile(
@@ -112,11 +113,19 @@ def inspect(
 
 @dataclass(frozen=True)
 class Optimized:
-    """A captured graph after a pipeline, the story of how it became that, and what tracing assumed."""
+    """A captured graph after a pipeline, the story of how it became that, what tracing assumed, and whether
+    that was put to the test.
+    """
 
     graph: ProgramGraph
     report: Report
     assumed: tuple[Assumption, ...]
+    held: bool
+
+    @property
+    def how_assumed(self) -> str:
+        """Whether what was assumed is known to hold, in words."""
+        return _ASSUMED[self.held]
 
 
 def optimize(
@@ -140,12 +149,13 @@ def optimize(
     request, stage = _request(model, args, kwargs, dynamic_shapes, capture), _polling(progress)
     with TURN, Deferred(request.interruptible()):
         captured, first = _captured(request, False, stage)
+        held = verify == "numeric" and not request.on_meta() and _held(request, captured, stage)
         graph = ProgramGraph(captured.exported)
         outcome = passes.run(graph, steps, verify, stage, instruments)
     passed = (first, *outcome.passes)
-    remarks = (*_told(captured, checked=False), *outcome.remarks)
+    remarks = (*_told(captured, held), *outcome.remarks)
     report = Report(_name(model), captured.how, outcome.layers, passed, None, None, remarks)
-    return Optimized(graph, report, captured.assumed)
+    return Optimized(graph, report, captured.assumed, held)
 
 
 @dataclass(frozen=True)
@@ -238,13 +248,12 @@ def _compiled(
     captured, first = _captured(request, exact, progress)
     chosen = choose(backend, captured.exported)
     random, against = _is_random(captured.exported), request.runnable()
-    if captured.assumed and not random and against is not None:
-        _require_held(request, captured, against, progress)
+    held = _held(request, captured, progress)
     outcome = passes.run(ProgramGraph(captured.exported), steps, verify, progress)
     name_outputs(captured.exported)
     drop_leftovers(captured.exported)
     passed = (first, *outcome.passes)
-    remarks = (*_told(captured, checked=not random and against is not None), *outcome.remarks)
+    remarks = (*_told(captured, held), *outcome.remarks)
     report = Report(_name(request.model), captured.how, outcome.layers, passed, chosen, None, remarks)
     program = _lowered(captured, report, chosen, progress)
     if verify == "off" or random or against is None:
@@ -271,16 +280,14 @@ def _compiled(
     return program.with_report(replace(report, program_error=replayed.error, passes=(*report.passes, check)))
 
 
-def _require_held(
-    request: _Request,
-    captured: Captured,
-    against: tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]],
-    progress: Progress | None,
-) -> None:
-    """What tracing assumed of the user's code, put to the test before anything is built on it.
+def _held(request: _Request, captured: Captured, progress: Progress | None) -> bool:
+    """Whether what tracing assumed of the user's code was put to the test and held.
 
-    Raises CaptureError where it does not hold.
+    A random program and one without an example cannot be tested. Raises CaptureError where it does not hold.
     """
+    against = request.runnable()
+    if not captured.assumed or against is None or _is_random(captured.exported):
+        return False
     if progress:
         progress("replay")
     name = _name(request.model)
@@ -293,12 +300,12 @@ def _require_held(
             f"cannot capture {name}: the graph gives other numbers than the model with {wrong}; "
             f"tracing assumed: {assumed}"
         )
+    return True
 
 
-def _told(captured: Captured, checked: bool) -> tuple[str, ...]:
+def _told(captured: Captured, held: bool) -> tuple[str, ...]:
     """What was assumed, for the reader of the report."""
-    how = "assumed, and held on forced routings" if checked else "assumed, not checked"
-    return tuple(f"{how}: {assumption}" for assumption in captured.assumed)
+    return tuple(f"{_ASSUMED[held]}: {assumption}" for assumption in captured.assumed)
 
 
 def _captured(request: _Request, exact: bool, progress: Progress | None) -> tuple[Captured, PassReport]:

@@ -117,7 +117,7 @@ def optimize(
     )
     check(done.graph)
     watched.assumed.extend(
-        PassRemark("analysis", "capture", "", f"assumed, not checked: {each.text}", each.source)
+        PassRemark("analysis", "capture", "", f"{done.how_assumed}: {each.text}", each.source)
         for each in done.assumed
     )
     return Optimized(print_pipeline(steps), show(done.graph), done.report.passes[0].seconds)

@@ -157,11 +157,13 @@ def loop(x, gate, experts):
 def test_what_capture_assumed_is_a_remark_too(here: Path) -> None:
     Path("loops.py").write_text(LOOP)
     inputs = ("--input", "x=5x16", "--input", "gate=4x16", "--input", "experts=4x16x16")
-    result = run("opt", "loops:loop", *inputs, "--passes", "", "--remarks=all", "-o", os.devnull)
-    assert result.exit_code == 0, result.stderr
-    told = [line for line in result.stderr.splitlines() if "remark:" in line]
-    assert told and all("remark: [capture] (model): assumed, not checked: " in line for line in told)
-    assert any(line.startswith("loops.py:8: ") for line in told)
+    for verify, how in (("off", "not checked"), ("numeric", "and held on forced routings")):
+        options = ("--passes", "", f"--verify={verify}", "--remarks=all", "-o", os.devnull)
+        result = run("opt", "loops:loop", *inputs, *options)
+        assert result.exit_code == 0, result.stderr
+        told = [line for line in result.stderr.splitlines() if "remark:" in line]
+        assert told and all(f"remark: [capture] (model): assumed, {how}: " in line for line in told)
+        assert any(line.startswith("loops.py:8: ") for line in told)
 
 
 @pytest.mark.parametrize(("which", "count"), [("missed", 2), ("passed", 3)])
