@@ -90,7 +90,8 @@ def replay_routings(
     words ("" if nothing does).
 
     `program` must hold the selections that the model makes: the graph as captured. Every top-k and argmax of
-    both picks the first entries, then the last ones: whatever a loop does for an expert without tokens, or
+    both picks the first entries, then the last ones, and every integer input, which may be a selection made
+    elsewhere, is its smallest number, then its largest: whatever a loop does for an expert without tokens, or
     with all of them, shows.
     """
     module = as_module(model)
@@ -100,13 +101,25 @@ def replay_routings(
         prepare_configs(module)
         for words, last in (("the first experts", False), ("the last experts", True)):
             for call in (example, other):
-                if call is None:
-                    continue
-                with _Forced(last):
-                    compared = _both(module, program, call, may_fail=True)
-                if compared is not None and compared.wrong:
-                    return f"every token routed to {words}: {compared.wrong}"
+                for forced in () if call is None else (call, _uniform(call, last)):
+                    with _Forced(last):
+                        compared = _both(module, program, forced, may_fail=True)
+                    if compared is not None and compared.wrong:
+                        return f"every token routed to {words}: {compared.wrong}"
     return ""
+
+
+def _uniform(call: Call, last: bool) -> Call:
+    """The call with the same number everywhere in an integer input: the smallest it has, or the largest."""
+
+    def uniform(leaf: Any) -> Any:
+        integers = isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
+        if not integers or leaf.dtype == torch.bool or not leaf.numel():
+            return leaf
+        return torch.full_like(leaf, int(leaf.max() if last else leaf.min()))
+
+    args, kwargs = pytree.tree_map(uniform, call)
+    return args, kwargs
 
 
 class _Forced(TorchDispatchMode):  # type: ignore[no-untyped-call]

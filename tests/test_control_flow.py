@@ -159,6 +159,25 @@ def test_what_tracing_assumed_is_held_against_the_model(model: nn.Module) -> Non
     assert "\n" not in str(caught.value)
 
 
+def _given(x: Tensor, ids: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Routed elsewhere: the ids are an input. An expert without tokens adds 1."""
+    out = torch.zeros_like(x)
+    for e in range(E):
+        if (ids == e).any():
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, x[token] @ experts[e] * weights[token, slot, None])
+        else:
+            out = out + 1
+    return out
+
+
+def test_ids_that_are_an_input_are_forced_too() -> None:
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(37)])
+    example = (torch.randn(37, D), ids, torch.rand(37, K), torch.randn(E, D, D))
+    with pytest.raises(dsmoe.CaptureError, match="every token routed to the first experts"):
+        dsmoe.compile(_given, example)
+
+
 def test_assumptions_are_held_to_even_when_rewrites_are_trusted() -> None:
     with pytest.raises(dsmoe.CaptureError, match="tracing assumed"):
         dsmoe.compile(_EmptyMatters(), (torch.randn(37, D),), verify="off")
