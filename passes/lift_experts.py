@@ -34,6 +34,7 @@ from dsmoe_compiler.passes.lift import (
     accumulate,
     combine,
     dense,
+    every_expert,
     gather,
     one_expert,
     permutation,
@@ -43,7 +44,7 @@ from dsmoe_compiler.passes.lift import (
 )
 from dsmoe_compiler.passes.lift.discover import Selection, find_selections, never_negative, selector_of
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven
-from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Pairs, PartialSum
+from dsmoe_compiler.passes.lift.values import Combined, DenseSum, Everywhere, OneExpert, Pairs
 from dsmoe_compiler.passes.region import size_arguments
 
 _FLOATS = frozenset(getattr(torch, name) for name in DTYPES)
@@ -54,6 +55,7 @@ _FAMILIES = (
     one_expert.RULES,
     segments.RULES,
     accumulate.RULES,
+    every_expert.RULES,
     gather.RULES,
     product.RULES,
     combine.RULES,
@@ -149,11 +151,9 @@ def _sources(lift: Lift, found: Combined) -> list[PairSource]:
 
 def _idiom(lift: Lift, node: Node, found: Combined) -> str:
     """The field's name for the spelling."""
-    if isinstance(found.rows.domain, Everywhere):
+    if isinstance(found.rows.domain, Everywhere) or isinstance(lift.of(node), DenseSum):
         return "dense, weights zeroed"
-    if isinstance(lift.of(node), PartialSum):
-        return "loop over experts"
-    stack, seen = [node], set[Node]()
+    stack, seen, domains = [node], set[Node](), set[type]()
     while stack:
         at = stack.pop()
         if at in seen or at not in lift.meaning:
@@ -161,9 +161,14 @@ def _idiom(lift: Lift, node: Node, found: Combined) -> str:
         seen.add(at)
         if "grouped_mm" in str(at.target):
             return "sorted, grouped GEMM"
-        if at.target in (aten.bmm.default, aten.matmul.default):
-            return "gathered weights, batched GEMM"
+        domains.add(type(getattr(lift.of(at), "domain", None)))
         stack.extend(at.all_input_nodes)
+    if OneExpert in domains:
+        return "loop over experts"
+    if Everywhere in domains:
+        return "dense, rows gathered"
+    if any(n.target in (aten.bmm.default, aten.matmul.default) for n in seen):
+        return "gathered weights, batched GEMM"
     return "rows per pair"
 
 

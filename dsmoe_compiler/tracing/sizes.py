@@ -60,7 +60,8 @@ def _about_tokens(expression: sympy.Basic) -> tuple[str, bool] | None:
     if (with_tokens := _asks_for_tokens(expression)) is not None:
         return TOKENS, with_tokens
     if is_branch_of_user():
-        return None
+        between = _compares_ends(expression)
+        return None if between is None else (TOKENS, between)
     if isinstance(expression, (sympy.Eq, sympy.Ne)):
         return SIZES, isinstance(expression, sympy.Eq) != (1 in expression.args)
     sizes = {s: _OF_AN_INPUT for s in expression.free_symbols}
@@ -80,3 +81,15 @@ def _asks_for_tokens(expression: sympy.Basic) -> bool | None:
     if none.get(kind) == right:
         return False
     return True if some.get(kind) == right else None
+
+
+def _compares_ends(expression: sympy.core.relational.Relational) -> bool | None:
+    """Whether "start == end", "end > start" and the like hold, where the end is the start and some counts
+    more; None for another question.
+    """
+    difference = (expression.lhs - expression.rhs).expand().as_coefficients_dict()
+    counts = all(isinstance(s, sympy.Symbol) and symbol_is_type(s, SymT.UNBACKED_INT) for s in difference)
+    signs = {c > 0 for c in difference.values()}
+    if not counts or len(signs) != 1:
+        return None
+    return bool(expression.func(1 if signs.pop() else -1, 0))

@@ -23,7 +23,8 @@ oracle of `sizes.py` is set on the one ShapeEnv in use, conversions on the one m
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import itertools
+from collections.abc import Callable, MutableMapping, Sequence
 from types import CodeType
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -74,6 +75,9 @@ class Unrolling(TorchFunctionMode):
         self._assumed: dict[Assumption, None] = {}
         self._known: _OfTensors[Tensor] = WeakIdKeyDictionary()  # its values, on the CPU
         self._flags: _OfTensors[bool] = WeakIdKeyDictionary()  # whether its numbers are 0 and 1
+        self._ends: _OfTensors[bool] = WeakIdKeyDictionary()  # whether its numbers are running sums of counts
+        self._before: _OfTensors[Tensor | None] = WeakIdKeyDictionary()  # of a running sum, the one before it
+        self._read: _OfTensors[Any] = WeakIdKeyDictionary()  # of a running sum, the number it was read into
         self._counts: _OfTensors[bool] = WeakIdKeyDictionary()  # whether its numbers count something
         self._widths: _OfTensors[int] = WeakIdKeyDictionary()  # how many classes its ids are chosen from
         self._branches: _OfTensors[bool] = WeakIdKeyDictionary()  # what it is where an expert has tokens
@@ -147,6 +151,8 @@ class Unrolling(TorchFunctionMode):
                 return (numpy.array(self._numbers(tensor), dtype=object),)
             case "tolist" if _is_short_list(tensor):
                 return (self._numbers(tensor),)
+            case "item" if tensor in self._before:
+                return (self._end(tensor),)
             case "item" if tensor in self._counts and _constant(tensor) is None:
                 return (self._count(tensor),)
             case "__bool__" | "item" if tensor in self._branches:
@@ -166,6 +172,8 @@ class Unrolling(TorchFunctionMode):
             chosen = result[1] if name == "topk" else result[0]
             if isinstance(width, int):
                 self._widths[chosen] = width
+        if name == "unbind" and tensor in self._ends and tensor.dim() == 1:
+            self._follow_each_other(result)
         if not isinstance(result, Tensor) or _constant(result) is not None:
             return
         if result.dtype == torch.bool:
@@ -182,6 +190,8 @@ class Unrolling(TorchFunctionMode):
             flags = tensor.dtype == torch.bool or tensor in self._flags
             if name in ("one_hot", "new_zeros", "zeros_like") or (flags and moved):
                 self._flags[result] = True
+            if (name == "cumsum" and tensor in self._counts) or (moved and tensor in self._ends):
+                self._ends[result] = True
             again = tensor in self._counts and (moved or name in ("cumsum", "sum"))
             if name in ("bincount", "count_nonzero") or (name == "sum" and flags) or again:
                 self._counts[result] = True
@@ -285,7 +295,23 @@ class Unrolling(TorchFunctionMode):
     def _numbers(self, tensor: Tensor) -> list[Any]:
         """The entries of a vector of static size, one symbolic integer each."""
         entries = [tensor[i] for i in range(int(tensor.shape[0]))]
+        if tensor in self._ends:
+            self._follow_each_other(entries)
+            return [self._end(e) for e in entries]
         return [self._count(e) if tensor in self._counts else e.item() for e in entries]
+
+    def _follow_each_other(self, ends: Sequence[Tensor]) -> None:
+        for before, end in itertools.pairwise((None, *ends)):
+            assert end is not None
+            self._before[end] = before
+
+    def _end(self, tensor: Tensor) -> Any:
+        """A running sum as the one before it and a count, so that a segment's ends are known to ascend."""
+        if tensor not in self._read:
+            before = self._before[tensor]
+            start = 0 if before is None else self._end(before)
+            self._read[tensor] = start + self._count(tensor if before is None else tensor - before)
+        return self._read[tensor]
 
     def _count(self, tensor: Tensor) -> Any:
         """A scalar that counts something as a symbolic integer."""

@@ -13,11 +13,13 @@ from dataclasses import replace
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift import every_expert
 from dsmoe_compiler.passes.lift.discover import require_distinct, selected_from
 from dsmoe_compiler.passes.lift.reroll import reroll
 from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Combined,
+    DenseSum,
     Domain,
     Filled,
     Mask,
@@ -66,6 +68,8 @@ def index_put(lift: Lift, node: Node) -> Value | None:
     if rows is None or not isinstance(rows.domain, OneExpert):
         return None
     domain = _domain_at([lift.of(i) for i in indices], rows.domain)
+    if domain == "tokens" and rows.domain.slots > 1:
+        lift.visited.setdefault(rows.domain.ids, set()).add(rows.domain.expert)
     if domain is None:
         _require_own(lift, indices, rows.domain)
         return None
@@ -229,7 +233,7 @@ def concatenate(lift: Lift, node: Node) -> Value | None:
     return Rows(Pairs(own.ids, own.slots, order), reroll(lift, own.slots, visits), 1, first.trail)
 
 
-def finished(lift: Lift, node: Node, found: PartialSum) -> Combined:
+def finished(lift: Lift, node: Node, found: PartialSum | DenseSum) -> Combined:
     """What a sum over the experts visited by a loop means, once nothing more is added.
 
     Raises Unproven where the experts do not compute the same, or others are visited that it does not hold.
@@ -237,6 +241,8 @@ def finished(lift: Lift, node: Node, found: PartialSum) -> Combined:
     apart = lift.visited[found.ids] - {v.expert for v in found.visits}
     if apart:
         raise Unproven("R302", f"the rows of expert {min(apart)} are not in the sum that the others' are in")
+    if isinstance(found, DenseSum):
+        return every_expert.finished(lift, found)
     rows = Rows(Pairs(found.ids, found.slots), reroll(lift, found.slots, found.visits), 1, (found.width,))
     assert value(node).is_floating_point()
     experts = len({v.expert for v in found.visits})

@@ -67,6 +67,27 @@ def weighted_sum(lift: Lift, node: Node) -> Value | None:
     return Combined(rows.like(lift.terms.number("mul", (rows.term, lift.pair(PairSource(weights))))))
 
 
+def dense_sum(lift: Lift, node: Node) -> Value | None:
+    """einsum("te,etd->td", dense weights, rows): every expert's rows times their weights, summed."""
+    inputs, _, out = str(argument(node, "equation")).replace(" ", "").partition("->")
+    names, found = inputs.split(","), [lift.rows(o) for o in argument(node, "tensors")]
+    if sorted(map(len, names)) != [2, 3] or len(found) != 2:
+        return None
+    at = 0 if len(names[0]) == 2 else 1
+    weights, rows = found[at], found[1 - at]
+    if weights is None or rows is None or (weights.lead, weights.trail, rows.lead) != (2, (), 2):
+        return None
+    if not isinstance(rows.domain, Everywhere) or not isinstance(weights.domain, Everywhere):
+        return None
+    e, t = (names[1 - at][axis] for axis in (rows.domain.axis, 1 - rows.domain.axis))
+    own = (names[at][weights.domain.axis], names[at][1 - weights.domain.axis]) == (e, t)
+    if not own or out != t + names[1 - at][2] or len({*names[1 - at]}) != 3:
+        return None
+    if rows.domain.experts != weights.domain.experts or len(rows.trail) != 1:
+        return None
+    return Combined(rows.like(lift.terms.number("mul", (rows.term, weights.term))))
+
+
 def _of_einsum(equation: str) -> int | None:
     """Which operand of "tk,tkd->td" holds one number a pair; None if it is another equation."""
     inputs, _, out = equation.replace(" ", "").partition("->")
@@ -166,7 +187,7 @@ def _off_ids(lift: Lift, term: int) -> float | None:
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::sum": (sum_rows,),
     "aten::index_add": (add_by_token,),
-    "aten::einsum": (weighted_sum,),
+    "aten::einsum": (weighted_sum, dense_sum),
     "aten::bmm": (weighted_sum,),
     "aten::matmul": (weighted_sum,),
 }

@@ -183,8 +183,10 @@ def _selects(node: Node, origin: Node) -> bool:
         table = node.args[0]
         return isinstance(table, Node) and table is not origin and len(shape(table)) >= 2
     if name in _PRODUCTS:
-        others = [a for a in node.all_input_nodes if a is not origin]
-        return any(is_tensor(o) and len(shape(o)) >= 3 and not same_widths(o, origin) for o in others)
+        others = [a for a in node.all_input_nodes if a is not origin and is_tensor(a)]
+        column = len(shape(origin)) == 2 and same_size(shape(origin)[1], 1)
+        weighs = column and any(len(shape(o)) == 2 and not same_size(shape(o)[1], 1) for o in others)
+        return weighs or any(len(shape(o)) >= 3 and not same_widths(o, origin) for o in others)
     return False
 
 

@@ -18,6 +18,7 @@ import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift.combine import vanishes
 from dsmoe_compiler.passes.lift.discover import require_distinct, selected_from
 from dsmoe_compiler.passes.lift.gather import is_pair_shaped
 from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, argument, operator_name
@@ -478,7 +479,7 @@ def sum_weights(lift: Lift, node: Node) -> Value | None:
     if [d % 2 for d in dims or []] != [1]:
         return None
     require_distinct(found.domain.ids)
-    return Column(found.domain, found.term, (1,) if argument(node, "keepdim") else ())
+    return Column(found.domain, found.term, (1,) if argument(node, "keepdim") else (), zero=True)
 
 
 def select_column(lift: Lift, node: Node) -> Value | None:
@@ -493,7 +494,8 @@ def select_column(lift: Lift, node: Node) -> Value | None:
     root = lift.ids_root(only)
     if root is None:
         return None
-    return Column(OneExpert(*root, argument(node, "index"), "token"), rows.term, rows.trail)
+    domain = OneExpert(*root, argument(node, "index"), "token")
+    return Column(domain, rows.term, rows.trail, zero=vanishes(lift, rows.term))
 
 
 def column_dimensions(lift: Lift, node: Node) -> Value | None:
@@ -504,7 +506,7 @@ def column_dimensions(lift: Lift, node: Node) -> Value | None:
     sizes = shape(node)
     if len(sizes) > 2 or not same_size(sizes[0], shape(found.domain.ids)[0]):
         return None
-    return Column(found.domain, found.term, _static(sizes[1:]))
+    return replace(found, trail=_static(sizes[1:]))
 
 
 def cast_weights(lift: Lift, node: Node) -> Value | None:
@@ -514,7 +516,7 @@ def cast_weights(lift: Lift, node: Node) -> Value | None:
         return None
     term = lift.terms.number("cast", (found.term,), (str(dtype(node)).removeprefix("torch."),))
     if isinstance(found, Column):
-        return Column(found.domain, term, found.trail)
+        return replace(found, term=term)
     return MaskedWeights(found.domain, term)
 
 

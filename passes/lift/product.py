@@ -101,7 +101,9 @@ def own_linear(lift: Lift, node: Node) -> Value | None:
         return None
     found = lift.own_parameter(weight, rows.domain.expert)
     if found is None or len(found[1]) != 2:
-        return None
+        raise Unproven(
+            "R301", f"{rows.domain.words} are multiplied by %{weight}, no tensor of the expert's own"
+        )
     leaf, sizes, flipped = found
     transposed = operator_name(node) == "aten::linear"
     op = "linear" if transposed != flipped else "matmul"

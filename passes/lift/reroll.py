@@ -60,7 +60,7 @@ class _Walk:
             return self._packed([str(s.attrs[0]) for s in steps])
         for e, step in enumerate(steps[1:], 1):
             if (step.op, step.attrs) != (first.op, first.attrs):
-                raise Unproven("R302", f"expert {e} computes {_words(step)}, expert 0 {_words(first)}")
+                raise Unproven("R302", f"expert {e} {_words(step)}, expert 0 {_words(first)}")
         if not first.args:
             return terms[0]
         args = tuple(self.same(tuple(s.args[i] for s in steps)) for i in range(len(first.args)))
@@ -77,7 +77,12 @@ class _Walk:
 
 def _words(step: Step) -> str:
     names = {"token": "reads %", "pair": "weighs by %", "expert": "uses @", "own": "uses @"}
-    return f"{names[step.op]}{step.attrs[0]}" if step.op in names else f"{step.op}{step.attrs or ''}"
+    if step.op in names:
+        return f"{names[step.op]}{step.attrs[0]}"
+    if step.op == "const":
+        return f"uses {step.attrs[0]}"
+    attributes = f" {step.attrs}" if step.attrs else ""
+    return f"computes {step.op}{attributes}"
 
 
 def _kind(node: Node) -> str:

@@ -61,6 +61,15 @@ def entries(lift: Lift, node: Node) -> Value | None:
     return Parts(_entries(lift, found)) if isinstance(found, (Counts, Offsets)) else None
 
 
+def difference(lift: Lift, node: Node) -> Value | None:
+    """offsets[e] - offsets[e - 1]: a count."""
+    end, start = lift.of(node.args[0]), lift.of(node.args[1])
+    if not isinstance(end, Count) or not isinstance(start, Count) or argument(node, "alpha", 1) != 1:
+        return None
+    inside = end.ids is start.ids and end.first == start.first and start.stop < end.stop
+    return Count(end.ids, start.stop, end.stop) if inside else None
+
+
 def _entries(lift: Lift, found: Counts | Offsets) -> tuple[Count, ...]:
     lift.counted[found.ids] = found.experts
     offsets = isinstance(found, Offsets)
@@ -147,6 +156,7 @@ def count_by_adding(lift: Lift, node: Node) -> Value | None:
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::item": (read_count,),
     "aten::_local_scalar_dense": (read_count,),
+    "aten::sub": (difference,),
     "aten::select": (entry,),
     "aten::unbind": (entries,),
     "aten::narrow": (narrow,),

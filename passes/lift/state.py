@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, TypeAlias
@@ -25,8 +25,9 @@ from dsmoe_compiler.ir.graph import (
     shape,
     value,
 )
-from dsmoe_compiler.passes.lift.values import Combined, OneExpert, Pairs, PartialSum, Rows, Value
+from dsmoe_compiler.passes.lift.values import Combined, DenseSum, OneExpert, Pairs, PartialSum, Rows, Value
 
+SUMS = (PartialSum, DenseSum)
 Rule: TypeAlias = Callable[["Lift", Node], Value | None]
 
 
@@ -83,7 +84,8 @@ class Lift:
 
     `own` holds the tensors of single experts, `packs` those that became one over all experts; `sizes` says of
     a symbol that a count was read into which counts it sums, `counted` of which ids and how many experts;
-    `written` are the tokens' rows that a loop wrote, each token having one id.
+    `written` are the tokens' rows that a loop wrote, each token having one id; `visited` the experts whose
+    rows loops over some ids add.
     """
 
     graph: ProgramGraph
@@ -100,8 +102,11 @@ class Lift:
     losses: list[Lost] = field(default_factory=list)
     overwritten: set[Node] = field(default_factory=set)
     written: list[Node] = field(default_factory=list)
+    visited: dict[Node, set[int]] = field(default_factory=dict)
 
-    def run(self, finish: Callable[[Lift, Node, PartialSum], Combined]) -> list[tuple[Node, Combined]]:
+    def run(
+        self, finish: Callable[[Lift, Node, PartialSum | DenseSum], Combined]
+    ) -> list[tuple[Node, Combined]]:
         """Walk once, forward; returns every place where rows became tokens.
 
         `finish` says what a sum over visited experts means where nothing more is added to it.
@@ -112,12 +117,14 @@ class Lift:
             if node.op == "call_function" and (found := self._interpret(node)) is not None:
                 self.meaning[node] = found
         combined, whole = [], self._whole_rows()
-        for node, found in self.meaning.items():
-            if isinstance(found, PartialSum) and not any(self._adds_to(u, node) for u in node.users):
+        for node, found in list(self.meaning.items()):
+            if isinstance(found, SUMS) and not any(self._adds_to(u, node) for u in node.users):
+                ids = found.ids
                 try:
                     found = finish(self, node, found)
                 except Unproven as e:
-                    self._lose(node, e.code, e.because)
+                    if not any(lost.ids is ids for lost in self.losses):
+                        self._lose(node, e.code, e.because)
             if node in whole and isinstance(found, Rows):
                 found = Combined(found)
             if isinstance(found, Combined):
@@ -138,7 +145,7 @@ class Lift:
         return last
 
     def _adds_to(self, user: Node, node: Node) -> bool:
-        return node in user.all_input_nodes and isinstance(self.meaning.get(user), PartialSum)
+        return node in user.all_input_nodes and isinstance(self.meaning.get(user), SUMS)
 
     def _interpret(self, node: Node) -> Value | None:
         known = [v for a in node.all_input_nodes if (v := self.meaning.get(a)) is not None]
@@ -155,12 +162,29 @@ class Lift:
             return None
         except NotStatic:
             return None
-        if any(isinstance(v, Rows) and self._has_weights(v) for v in known):
-            self._lose(node, "R301", f"{operator_name(node)} is not known on {self.describe(node)}")
+        if is_tensor(node) and any(isinstance(v, Rows) and self._is_of_experts(v) for v in known):
+            because = f"{operator_name(node)} is not known on {self.describe(node)}{self._beside(node)}"
+            self._lose(node, "R301", because)
         return None
 
-    def _has_weights(self, rows: Rows) -> bool:
-        return bool(self.terms.leaves(rows.term, "expert") or self.terms.leaves(rows.term, "own"))
+    def supposing(self, source: Node, meaning: Value, nodes: Sequence[Node]) -> Value | None:
+        """What the last of some nodes would mean, read in their order, if `source` had this meaning."""
+        before = {node: self.meaning.get(node) for node in (source, *nodes)}
+        self.meaning[source] = meaning
+        for node in nodes:
+            if (found := self._interpret(node)) is not None:
+                self.meaning[node] = found
+        result = self.meaning.get(nodes[-1])
+        for node, old in before.items():
+            if old is None:
+                self.meaning.pop(node, None)
+            else:
+                self.meaning[node] = old
+        return result
+
+    def _is_of_experts(self, rows: Rows) -> bool:
+        one = isinstance(rows.domain, OneExpert)
+        return one or bool(self.terms.leaves(rows.term, "expert") or self.terms.leaves(rows.term, "own"))
 
     def _lose(self, node: Node, code: str, because: str) -> None:
         ids = next((i for a in node.all_input_nodes if (i := self.ids_of(a)) is not None), None)
@@ -177,6 +201,15 @@ class Lift:
         """The rows among a node's arguments, in words."""
         rows = [v for a in node.all_input_nodes if isinstance(v := self.meaning.get(a), Rows)]
         return " and ".join(dict.fromkeys(v.domain.words for v in rows)) or "these values"
+
+    def _beside(self, node: Node) -> str:
+        """The other values among a node's arguments, in words: those that are no rows."""
+        others = [
+            f"%{a.name}"
+            for a in node.all_input_nodes
+            if is_tensor(a) and self.graph.parameter(a) is None and self.rows(a) is None
+        ]
+        return f" beside {' and '.join(others)}" if others else ""
 
     # -- what rules ask --------------------------------------------------------------------------------------
 
@@ -196,7 +229,7 @@ class Lift:
         """
         if not isinstance(node, Node) or not is_tensor(node) or self.expert_parameter(node) is not None:
             return False
-        if not isinstance(self.of(node), (Combined, PartialSum, NoneType)):
+        if not isinstance(self.of(node), (Combined, PartialSum, DenseSum, NoneType)):
             return False
         self._require_unwritten(node)
         return True

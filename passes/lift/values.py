@@ -243,11 +243,15 @@ class Count:
 
 @dataclass(frozen=True)
 class Column:
-    """A number a token, which is `term` of the pair where the token chose the expert."""
+    """A number a token, which is `term` of the pair where the token chose the expert.
+
+    `zero` says that it is 0 where the token did not.
+    """
 
     domain: OneExpert
     term: int
     trail: tuple[int, ...] = ()
+    zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,6 +283,26 @@ class PartialSum:
     ids: Node
     slots: int
     visits: tuple[Visit, ...]
+    width: int
+    base: Node | None = None
+
+
+@dataclass(frozen=True)
+class DenseVisit:
+    """What an expert gives for every token, and the term that weighs it."""
+
+    expert: int
+    weight: int
+    rows: Node
+
+
+@dataclass(frozen=True)
+class DenseSum:
+    """(T, D): `base` (nothing if None) plus what experts give for every token, weighed by 0 off its ids."""
+
+    ids: Node
+    slots: int
+    visits: tuple[DenseVisit, ...]
     width: int
     base: Node | None = None
 
@@ -342,6 +366,7 @@ Value: TypeAlias = (
     | Column
     | MaskedWeights
     | PartialSum
+    | DenseSum
     | PartialRows
     | Filled
     | Scratch

@@ -85,6 +85,24 @@ class Matrices(nn.Module):
         return torch.tanh(x @ self.w_in + self.b_in) @ self.w_out
 
 
+class Normed(SwiGLU):
+    """A norm before the expert, with weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+class Cumulative(SwiGLU):
+    """An operator along the width that is no body step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).cumsum(-1)
+
+
 class StackedParameters(nn.Module):
     """(E, …) parameters; `self[e]` is one expert."""
 
@@ -146,8 +164,8 @@ class Tied(nn.ModuleList):
 
     def __init__(self) -> None:
         super().__init__(SwiGLU() for _ in range(E))
-        for expert in self:
-            expert.w2.weight = self[0].w2.weight
+        for expert in list(self)[1:]:
+            expert.get_submodule("w2").weight = self[0].get_submodule("w2").weight
 
 
 def many(expert: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -198,7 +216,11 @@ class Case:
     route: Callable[[Tensor, int], tuple[Tensor, Tensor]] = softmax_top_k
     name: str = ""
     top_k: int = K
-    idiom: str = "loop over experts"
+
+    @property
+    def slots(self) -> int:
+        """Ids a token."""
+        return self.top_k if self.route in (softmax_top_k, top_k_softmax) else 1
 
     def __str__(self) -> str:
         return self.name or self.loop.__name__
@@ -209,7 +231,7 @@ class Layer(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.case = case
+        self.case, self.loop = case, case.loop
         self.gate = nn.Linear(D, E, bias=False)
         self.experts: Any = case.experts()
         self.shared = SwiGLU()
@@ -218,7 +240,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.view(-1, x.shape[-1])
         weights, ids = self.case.route(self.gate(flat), self.top_k)
-        return self.case.loop(self, flat, ids, weights).view(x.shape)
+        return self.loop(self, flat, ids, weights).view(x.shape)
 
 
 def layer(case: Case, dtype: torch.dtype = torch.float32) -> Layer:
@@ -319,7 +341,8 @@ def hit_any(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
 
 def unique_list(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     out = torch.zeros_like(x)
-    for e in torch.unique(ids).tolist():
+    hit: list[int] = torch.unique(ids).tolist()
+    for e in hit:
         tok, slot = torch.where(ids == e)
         out[tok] += m.experts[e](x[tok]) * w[tok, slot, None]
     return out
@@ -327,7 +350,7 @@ def unique_list(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
 
 def unique_items(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     out = torch.zeros_like(x)
-    for e in ids.unique():
+    for e in ids.unique():  # type: ignore[no-untyped-call]
         rows, cols = (ids == e).nonzero(as_tuple=True)
         out.index_add_(0, rows, m.experts[e.item()](x[rows]) * w[rows, cols, None])
     return out
@@ -684,10 +707,9 @@ def _counts(m: Layer, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def deepseek(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-    per_expert = _counts(m, ids)
     idxs = ids.view(-1).argsort()
     sorted_tokens = x[idxs // ids.shape[1]]
-    per_expert = per_expert.cpu().numpy()
+    per_expert = _counts(m, ids).cpu().numpy()
     outputs, start = [], 0
     for i, n in enumerate(per_expert):
         end = start + n
@@ -733,10 +755,9 @@ def counted(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add_(0, order // m.top_k, y)
 
 
-def counted_histogram(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+def counted_ends(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     values, order = ids.flatten().sort()
-    counts = torch.histc(values.float(), bins=m.num_experts, min=0, max=m.num_experts - 1)
-    ends = counts.cumsum(0).to(torch.int64).tolist()
+    ends = torch.bincount(values, minlength=m.num_experts).cumsum(0).tolist()
     tok, weight = order // m.top_k, w.reshape(-1)[order]
     out = torch.zeros_like(x)
     for e in range(m.num_experts):
@@ -750,7 +771,7 @@ def counted_histogram(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
 def split_by_counts(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     order = ids.view(-1).argsort()
     counts = F.one_hot(ids.view(-1), m.num_experts).sum(0).tolist()
-    parts = x[order // m.top_k].split(counts)
+    parts = x[order // m.top_k].split(counts)  # type: ignore[no-untyped-call]
     y = torch.cat([expert(part) for expert, part in zip(m.experts, parts, strict=True)], dim=0)
     return (y[order.argsort()].view(*ids.shape, D) * w.unsqueeze(-1)).sum(1)
 
@@ -760,8 +781,8 @@ def split_tokens(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     order = torch.sort(ids.reshape(-1), stable=True)[1]
     counts = torch.bincount(ids.reshape(-1), minlength=m.num_experts)
     out = torch.zeros_like(x)
-    tokens = torch.split(order // m.top_k, counts.tolist())
-    weights = torch.split(w.reshape(-1)[order], counts.tolist())
+    tokens = (order // m.top_k).split(counts.tolist())  # type: ignore[no-untyped-call]
+    weights = w.reshape(-1)[order].split(counts.tolist())  # type: ignore[no-untyped-call]
     for e, (tok, weight) in enumerate(zip(tokens, weights, strict=True)):
         if tok.numel() == 0:
             continue
@@ -773,7 +794,7 @@ def split_put(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     order = ids.flatten().argsort()
     counts = (ids.flatten()[:, None] == torch.arange(m.num_experts)).sum(0).tolist()
     rows = x.repeat_interleave(m.top_k, dim=0)[order]
-    y = torch.cat([m.experts[e](part) for e, part in enumerate(torch.split(rows, counts, dim=0))])
+    y = torch.cat([m.experts[e](part) for e, part in enumerate(rows.split(counts, dim=0))])  # type: ignore[no-untyped-call]
     back = torch.zeros_like(y)
     back[order] = y
     return (back.view(-1, m.top_k, D) * w[:, :, None]).sum(1)
@@ -784,7 +805,8 @@ def split_items(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     flat = ids.flatten()
     order = flat.argsort()
     counts = torch.bincount(flat, minlength=m.num_experts)
-    rows, start, parts = x[order // m.top_k], 0, []
+    start: Any = 0
+    rows, parts = x[order // m.top_k], list[Tensor]()
     for e in range(m.num_experts):
         n = counts[e].item()
         if n > 0:
@@ -921,7 +943,7 @@ def named(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
 
 
 CASES: tuple[Case, ...] = (
-    *(Case(loop) for loop in (mixtral, mixtral_lists, mixtral_hit, mixtral_hit_first, hit_flat_list)),
+    *(Case(loop) for loop in (mixtral, mixtral_hit, mixtral_hit_first, hit_flat_list)),
     *(Case(loop) for loop in (hit_tuple, hit_bincount, hit_any, unique_list, unique_items, unique_flat)),
     *(Case(loop) for loop in (hot_columns, coordinates_unbound, coordinates_transposed, argwhere)),
     *(Case(loop) for loop in (hot_bool_of_expert, unbound_masks)),
@@ -934,8 +956,8 @@ CASES: tuple[Case, ...] = (
     *(Case(loop) for loop in (dense_column, dense_column_mask, dense_column_apart)),
     *(Case(loop) for loop in (repeated, repeated_cast, repeated_bmm, repeated_expanded, flat_tokens)),
     *(Case(loop) for loop in (pairs_of_three_dimensions, pairs_masked)),
-    *(Case(loop) for loop in (deepseek, deepseek_v1, counted, counted_histogram, split_by_counts)),
-    *(Case(loop) for loop in (split_tokens, split_put, split_items, written_in_segments)),
+    *(Case(loop) for loop in (deepseek, deepseek_v1, counted, counted_ends, split_by_counts)),
+    *(Case(loop) for loop in (split_tokens, split_put, split_items)),
     *(Case(loop) for loop in (from_residual, from_shared, shared_after, in_another_dtype)),
     *(Case(loop) for loop in (weight_before, without_weight)),
     Case(weight_as_argument, many(Weighed)),
@@ -955,7 +977,22 @@ CASES: tuple[Case, ...] = (
     Case(mixtral_hit_first, StackedParameters, name="stacked_hit"),
     Case(mixtral, StackedTransposed, name="stacked_transposed"),
     Case(counted, StackedTransposed, name="stacked_segments"),
-    Case(unique_items, FlatParameters, name="flat_parameters"),
     Case(repeated_cast, StackedParameters, name="stacked_repeated"),
     Case(mixtral, Tied, name="tied"),
+)
+
+# Not understood yet, and run as written: (case, the refusal's code, words of its reason).
+REFUSED: tuple[tuple[Case, str, str], ...] = (
+    (Case(written_in_segments), "R408", "overwritten in place"),
+    (Case(unique_items, FlatParameters, name="flat_parameters"), "R301", "no tensor of the expert's own"),
+    (
+        Case(mixtral, many(Normed), name="layer_norm"),
+        "R301",
+        "layer_norm is not known on the rows of expert 0",
+    ),
+    (
+        Case(mixtral, many(Cumulative), name="cumulative"),
+        "R301",
+        "cumsum is not known on the rows of expert 0",
+    ),
 )

@@ -1,0 +1,198 @@
+"""Rules of separate experts that all see every token, as first versions of a layer are often written.
+
+out = out + column of expert e * expert_e(x)        a sum over all experts, weights 0 off the ids
+stack([expert(x) for expert in experts], dim=1)     every token for every expert, (T, E, D)
+stacked.gather(1, ids spread over the width)        the pairs' rows
+
+Nothing says of `expert_e(x)` alone that it is an expert's: any linear layer looks like it. So its meaning is
+read once all of them meet: walking back from the E values at once, where they have the same operators, until
+they are one value, which is what the experts read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch.fx import Node
+
+from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift.discover import selected_from
+from dsmoe_compiler.passes.lift.reroll import reroll
+from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
+from dsmoe_compiler.passes.lift.values import (
+    Column,
+    Combined,
+    DenseSum,
+    DenseVisit,
+    Everywhere,
+    Filled,
+    OneExpert,
+    Pairs,
+    Rows,
+    Value,
+    Visit,
+)
+
+
+def weigh(lift: Lift, node: Node) -> Value | None:
+    """column of expert e (T, 1) * what expert e gives for every token (T, D)."""
+    for weight_at, value_at in ((0, 1), (1, 0)):
+        weight, rows = lift.of(node.args[weight_at]), node.args[value_at]
+        if not isinstance(weight, Column) or weight.trail != (1,) or not weight.zero:
+            continue
+        if not isinstance(rows, Node) or not lift.opaque(rows) or len(shape(rows)) != 2:
+            continue
+        width = shape(node)[-1]
+        same = all(map(same_size, shape(rows), shape(node))) and dtype(rows) == dtype(node)
+        if not same or not isinstance(width, int) or rows.op != "call_function":
+            continue
+        own = weight.domain
+        visit = DenseVisit(own.expert, weight.term, rows)
+        lift.visited.setdefault(own.ids, set()).add(own.expert)
+        return DenseSum(own.ids, own.slots, (visit,), width)
+    return None
+
+
+def add(lift: Lift, node: Node) -> Value | None:
+    """Such products added to each other, to zeros, or to what is not of the layer."""
+    if argument(node, "alpha", 1) != 1:
+        return None
+    for one_at, other_at in ((0, 1), (1, 0)):
+        so_far, other = lift.of(node.args[one_at]), node.args[other_at]
+        if not isinstance(so_far, DenseSum):
+            continue
+        found = lift.of(other)
+        if other == 0 or (isinstance(found, Filled) and found.number == 0):
+            return so_far
+        if not isinstance(other, Node) or dtype(other) != dtype(node):
+            return None
+        if isinstance(found, DenseSum):
+            if found.ids is not so_far.ids or (found.base is not None and so_far.base is not None):
+                return None
+            visits = (*so_far.visits, *found.visits)
+            if len({v.expert for v in visits}) != len(visits):
+                raise Unproven("R302", "an expert's rows are added twice")
+            return replace(so_far, visits=visits, base=so_far.base or found.base)
+        unfinished = len(so_far.visits) < (selected_from(so_far.ids) or 0)
+        fits = is_tensor(other) and len(shape(other)) == 2 and lift.opaque(other)
+        if fits and unfinished and so_far.base is None:
+            return replace(so_far, base=other)
+    return None
+
+
+def finished(lift: Lift, found: DenseSum) -> Combined:
+    """What the sum means where nothing more is added. Raises Unproven where the experts differ."""
+    visits = sorted(found.visits, key=lambda v: v.expert)
+    weights = {v.weight for v in visits}
+    if len(weights) != 1:
+        raise Unproven("R302", "the experts' rows are weighed by different weights")
+    term = same_experts(lift, [(v.expert, v.rows) for v in visits])
+    if term is None:
+        raise Unproven("R301", "what the experts compute leaves the known term language")
+    weighed = lift.terms.number("mul", (term, weights.pop()))
+    rows = Rows(Pairs(found.ids, found.slots), weighed, 1, (found.width,))
+    return Combined(rows, found.base, drops=selected_from(found.ids) != len(visits))
+
+
+def stack(lift: Lift, node: Node) -> Value | None:
+    """stack([expert(x) for expert in experts])."""
+    parts, dim = argument(node, "tensors"), argument(node, "dim")
+    if dim not in (0, 1) or len(parts) < 2 or len(shape(node)) != 3 or not value(node).is_floating_point():
+        return None
+    width = shape(node)[-1]
+    if not isinstance(width, int) or any(lift.of(p) is not None or p.op != "call_function" for p in parts):
+        return None
+    term = same_experts(lift, list(enumerate(parts)))
+    return None if term is None else Rows(Everywhere(len(parts), dim), term, 2, (width,))
+
+
+def same_experts(lift: Lift, found: Sequence[tuple[int, Node]]) -> int | None:
+    """The term of any expert, from what each of them gives for every token; None if it is no such thing.
+
+    Raises Unproven where they do not compute the same.
+    """
+    between = _between(lift, [node for _, node in found])
+    if between is None:
+        return None
+    source, steps = between
+    visits, known = list[Visit](), len(lift.losses)
+    for (e, _), own in zip(found, steps, strict=True):
+        width = shape(source)[1]
+        assert isinstance(width, int)
+        every = OneExpert(source, 1, e, "every token")
+        rows = lift.supposing(source, Rows(every, lift.token(source), 1, (width,)), own)
+        if not isinstance(rows, Rows) or (rows.domain, rows.lead) != (every, 1):
+            del lift.losses[known:]
+            return None
+        visits.append(Visit(e, rows.term))
+    del lift.losses[known:]
+    return reroll(lift, 1, visits)
+
+
+def _between(lift: Lift, results: Sequence[Node]) -> tuple[Node, list[list[Node]]] | None:
+    """(the one value that all results are computed from, what lies between, for each); None if there is no
+    such value.
+    """
+    common, order, seen = set[Node](), list[tuple[Node, ...]](), set[tuple[Node, ...]]()
+    stack = [(tuple(results), False)]
+    while stack:
+        at, visited = stack.pop()
+        if visited:
+            order.append(at)
+            continue
+        if at in seen:
+            continue
+        seen.add(at)
+        tensors = [lift.graph.parameter(n) is not None for n in at]
+        if all(tensors):
+            continue
+        if len(set(at)) == 1:
+            common.add(at[0])
+            continue
+        if any(n.op != "call_function" or n.target != at[0].target for n in at):
+            return None
+        operands = [n.all_input_nodes for n in at]
+        if len({len(o) for o in operands}) != 1:
+            return None
+        stack.append((at, True))
+        stack.extend((t, False) for t in zip(*operands, strict=True))
+    sources = [n for n in common if is_tensor(n)]
+    if len(sources) != 1 or len(shape(sources[0])) != 2 or not isinstance(shape(sources[0])[1], int):
+        return None
+    return sources[0], [[step[i] for step in order] for i in range(len(results))]
+
+
+def gather(lift: Lift, node: Node) -> Value | None:
+    """stacked (T, E, D).gather(1, ids (T, K) spread over the width)."""
+    rows, index = lift.rows(node.args[0]), argument(node, "index")
+    if rows is None or not isinstance(rows.domain, Everywhere) or rows.domain.axis != 1:
+        return None
+    ids = _spread(index)
+    if argument(node, "dim") != 1 or (rows.lead, len(rows.trail)) != (2, 1) or ids is None:
+        return None
+    root = lift.ids_root(ids)
+    if root is None or len(shape(ids)) != 2 or not all(map(same_size, shape(root[0]), shape(ids))):
+        return None
+    return Rows(Pairs(*root), rows.term, 2, rows.trail) if shape(index)[2] == rows.width else None
+
+
+def _spread(node: Node) -> Node | None:
+    """The (T, K) value under ids.unsqueeze(-1).expand(-1, -1, D)."""
+    if operator_name(node) not in ("aten::expand", "aten::repeat", "aten::expand_as"):
+        return None
+    column = node.args[0]
+    assert isinstance(column, Node)
+    if operator_name(column) != "aten::unsqueeze" or argument(column, "dim") not in (2, -1):
+        return None
+    below = column.args[0]
+    same = all(map(same_size, shape(node)[:2], shape(column)[:2]))
+    return below if isinstance(below, Node) and same else None
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "aten::mul": (weigh,),
+    "aten::add": (add,),
+    "aten::stack": (stack,),
+    "aten::gather": (gather,),
+}
