@@ -27,6 +27,12 @@ def test_the_readme_shows_a_layer_before_and_after() -> None:
     assert after.strip() in readme
 
 
+def test_three_spellings_are_one_program() -> None:
+    printed = _output("three_spellings.py")
+    assert printed.startswith("# 1 program from 3 spellings\n")
+    assert printed.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_transformers_model_compiles() -> None:
     pytest.importorskip("transformers")
     printed = _output("compile_transformers.py")
