@@ -42,7 +42,7 @@ from dsmoe_compiler.passes.lift import (
     rowwise,
     segments,
 )
-from dsmoe_compiler.passes.lift.discover import Selection, find_selections, never_negative, selector_of
+from dsmoe_compiler.passes.lift.discover import Selection, find_selections, never_negative, selectors_of
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven
 from dsmoe_compiler.passes.lift.values import Combined, DenseSum, Everywhere, OneExpert, Pairs
 from dsmoe_compiler.passes.region import size_arguments
@@ -135,14 +135,12 @@ class _Layer:
         domain = found.rows.domain
         ids = domain.ids if isinstance(domain, Pairs) else _sources(lift, found)[0].ids
         assert ids is not None
-        selector = selector_of(ids)
-        selection = selections.get(selector) if selector is not None else None
+        selector = next((s for s in selectors_of(ids) if s in selections), None)
+        selection = selections[selector] if selector is not None else None
         if selection is None and not lift.terms.leaves(found.rows.term, "token"):
             return None
         name = selection.name if selection else common_module([ids, node])
-        return _Layer(
-            name, _idiom(lift, node, found), source(node, name), selector if selection else None, ids
-        )
+        return _Layer(name, _idiom(lift, node, found), source(node, name), selector, ids)
 
 
 def _sources(lift: Lift, found: Combined) -> list[PairSource]:
@@ -364,7 +362,7 @@ def _within(node: Node, layer: str) -> bool:
 
 def _refused(lift: Lift, selection: Selection, order: dict[Node, int]) -> LayerFacts:
     """A layer nobody combined: the first loss on its own ids says why."""
-    own = [x for x in lift.losses if x.ids is not None and selector_of(x.ids) is selection.selector]
+    own = [x for x in lift.losses if x.ids is not None and selection.selector in selectors_of(x.ids)]
     before = ancestors([selection.first_use, *(lost.node for lost in own)])
     own += [x for x in lift.losses if x.ids is None and x.node in before and _within(x.node, selection.name)]
     if own:

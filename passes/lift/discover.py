@@ -50,6 +50,7 @@ _MATRICES = frozenset(
     )
 )
 _INDEXED = ("aten::topk", "aten::max", "aten::min", "aten::sort")  # values, and where they were
+_JOINS = ("aten::cat", "aten::concat", "aten::stack")
 _SELECTORS = frozenset({"aten::topk", "aten::argmax", "aten::max"})
 
 
@@ -64,17 +65,21 @@ class Selection:
 
 
 def find_selections(graph: ProgramGraph) -> list[Selection]:
-    """Every selection, in execution order; names are made unique with "#2", "#3"."""
+    """Every selection, in execution order; names are made unique with "#2", "#3".
+
+    Slots that are chosen one by one and joined are one selection: what they select is the same.
+    """
     nodes = graph.nodes
     position = {n: i for i, n in enumerate(nodes)}
     flow = _routing_flow(graph)
-    found, taken = list[Selection](), dict[str, int]()
+    found, taken, known = list[Selection](), dict[str, int](), set[frozenset[Node]]()
     for selector in nodes:
         if operator_name(selector) not in _SELECTORS or selector not in flow:
             continue
         uses = [n for n in nx.descendants(flow, selector) if flow.nodes[n].get("selects")]
-        if not uses:
+        if not uses or frozenset(uses) in known:
             continue
+        known.add(frozenset(uses))
         name = common_module([selector, *uses])
         taken[name] = taken.get(name, 0) + 1
         unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
@@ -83,14 +88,18 @@ def find_selections(graph: ProgramGraph) -> list[Selection]:
     return found
 
 
-def selector_of(ids: Node) -> Node | None:
-    """The top-k or argmax behind a layer's ids, through views, casts and getitem."""
+def selectors_of(ids: Node) -> tuple[Node, ...]:
+    """The top-k or argmax behind a layer's ids, through views, casts and getitem; several where slots were
+    chosen one by one and joined.
+    """
     node: object = ids
     while isinstance(node, Node) and node.op == "call_function":
         if operator_name(node) in _SELECTORS:
-            return node
+            return (node,)
+        if operator_name(node) in _JOINS:
+            return tuple(s for part in argument(node, "tensors") for s in selectors_of(part))
         node = node.args[0] if node.args else None
-    return None
+    return ()
 
 
 def never_negative(ids: Node) -> bool:
@@ -109,7 +118,7 @@ def never_negative(ids: Node) -> bool:
         if name in ("aten::clamp", "aten::clamp_min"):
             low = argument(ids, "min")
             return isinstance(low, int) and low >= 0
-        if name in ("aten::cat", "aten::concat"):
+        if name in _JOINS:
             return all(never_negative(part) for part in argument(ids, "tensors"))
         below = ids.args[0]
         same = ids.target in VIEWS | CASTS | COPIES or name in _REARRANGES
@@ -134,10 +143,29 @@ def require_distinct(ids: Node) -> None:
 
 
 def selected_from(ids: Node) -> int | None:
-    """How many experts the ids choose from: the width of what top-k or argmax looks at along the ids."""
-    selector = selector_of(ids)
-    if selector is None:
-        return None
+    """How many experts the ids choose from: the width of what top-k or argmax looks at along the ids.
+
+    None where anything was done to the chosen indices but moving them.
+    """
+    while ids.op == "call_function":
+        name = operator_name(ids)
+        if name in _JOINS:
+            widths = {selected_from(part) for part in argument(ids, "tensors")}
+            return widths.pop() if len(widths) == 1 else None
+        if name == "aten::argmax":
+            return _width(ids)
+        if name == "getitem":
+            selector = ids.all_input_nodes[0]
+            chosen = operator_name(selector) in ("aten::topk", "aten::max") and ids.args[1] == 1
+            return _width(selector) if chosen else None
+        below = ids.args[0]
+        if not isinstance(below, Node) or not (ids.target in VIEWS | CASTS | COPIES or name in _REARRANGES):
+            return None
+        ids = below
+    return None
+
+
+def _width(selector: Node) -> int | None:
     scores, dim = selector.args[0], argument(selector, "dim", -1)
     assert isinstance(scores, Node)
     width = shape(scores)[-1] if dim in (-1, len(shape(scores)) - 1) else None

@@ -1,0 +1,79 @@
+"""Ids outside the experts that a loop visits contribute nothing, whatever was done to them after the top-k."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dsmoe_compiler as dsmoe
+from tests.tiny_models import relative
+
+D, E, K = 16, 8, 2
+
+
+class _Loop(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(D, E)
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        ids = self.change(ids)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda ids: ids,
+    "cast": lambda ids: ids.int().long(),
+    "reversed": lambda ids: ids.flip(-1),
+    "shifted up": lambda ids: ids + 4,
+    "shifted below 0": lambda ids: ids - 3,
+    "clamped": lambda ids: ids.clamp(max=5),
+    "wrapped": lambda ids: ids % 3,
+    "dropped": lambda ids: torch.where(ids > 4, ids, -1),
+    "sentinel": lambda ids: ids.masked_fill(ids == 2, E),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_ids_changed_after_their_selection(name: str) -> None:
+    model = _Loop(CHANGES[name])
+    program = dsmoe.compile(model, (torch.randn(37, D),), require_fused=True)
+    for tokens in (50, 3):
+        x = torch.randn(tokens, D)
+        assert relative(program(x), model(x)) < 1e-6
+
+
+class _SlotBySlot(_Loop):
+    """Each slot is chosen on its own, from what the one before left."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda ids: ids)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.gate(x)
+        first = logits.max(-1, keepdim=True)
+        second = logits.scatter(-1, first.indices, float("-inf")).max(-1, keepdim=True)
+        ids = torch.cat([first.indices, second.indices], -1)
+        weights = torch.cat([first.values, second.values], -1).softmax(-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
+def test_slots_chosen_one_by_one_are_one_layer() -> None:
+    model = _SlotBySlot()
+    program = dsmoe.compile(model, (torch.randn(37, D),))
+    assert [layer.fused for layer in program.report.layers] == [True]
+    x = torch.randn(50, D)
+    assert relative(program(x), model(x)) < 1e-6
