@@ -264,8 +264,8 @@ def _emit(
         tokens = shape(x)[0]
         ids_TK, chosen = _as_pairs(lift, ids, tokens, slots)
         experts = ids_TK
-        if found.drops:
-            experts = _dropped_outside(lift, ids_TK, spec.count)
+        if found.visited is not None:
+            experts = _dropped_outside(lift, ids_TK, found.visited)
         elif not never_negative(ids):
             experts = _wrapped(lift, ids_TK, spec.count)
         weights, weighed = _weights(lift, pairs, ids_TK, tokens, slots, x)

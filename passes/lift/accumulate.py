@@ -246,7 +246,7 @@ def finished(lift: Lift, node: Node, found: PartialSum | DenseSum) -> Combined:
     rows = Rows(Pairs(found.ids, found.slots), reroll(lift, found.slots, found.visits), 1, (found.width,))
     assert value(node).is_floating_point()
     experts = len({v.expert for v in found.visits})
-    return Combined(rows, found.base, drops=selected_from(found.ids) != experts)
+    return Combined(rows, found.base, None if selected_from(found.ids) == experts else experts)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

@@ -87,12 +87,15 @@ def finished(lift: Lift, found: DenseSum) -> Combined:
     weights = {v.weight for v in visits}
     if len(weights) != 1:
         raise Unproven("R302", "the experts' rows are weighed by different weights")
+    if _between(lift, [v.rows for v in visits]) is None:
+        raise Unproven("R303", "the experts do not apply the same operators to one value")
     term = same_experts(lift, [(v.expert, v.rows) for v in visits])
     if term is None:
         raise Unproven("R301", "what the experts compute leaves the known term language")
     weighed = lift.terms.number("mul", (term, weights.pop()))
     rows = Rows(Pairs(found.ids, found.slots), weighed, 1, (found.width,))
-    return Combined(rows, found.base, drops=selected_from(found.ids) != len(visits))
+    experts = len(visits)
+    return Combined(rows, found.base, None if selected_from(found.ids) == experts else experts)
 
 
 def stack(lift: Lift, node: Node) -> Value | None:

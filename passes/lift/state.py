@@ -25,7 +25,16 @@ from dsmoe_compiler.ir.graph import (
     shape,
     value,
 )
-from dsmoe_compiler.passes.lift.values import Combined, DenseSum, OneExpert, Pairs, PartialSum, Rows, Value
+from dsmoe_compiler.passes.lift.values import (
+    Combined,
+    DenseSum,
+    OneExpert,
+    Pairs,
+    PartialRows,
+    PartialSum,
+    Rows,
+    Value,
+)
 
 SUMS = (PartialSum, DenseSum)
 Rule: TypeAlias = Callable[["Lift", Node], Value | None]
@@ -118,6 +127,9 @@ class Lift:
                 self.meaning[node] = found
         combined, whole = [], self._whole_rows()
         for node, found in list(self.meaning.items()):
+            if isinstance(found, PartialRows) and not any(self._writes_on(u, node) for u in node.users):
+                written = " and ".join(str(v.expert) for v in found.visits)
+                self._lose(node, "R302", f"only rows of expert {written} are written, others can be chosen")
             if isinstance(found, SUMS) and not any(self._adds_to(u, node) for u in node.users):
                 ids = found.ids
                 try:
@@ -143,6 +155,9 @@ class Lift:
             stack += [u for u in further if u not in reached]
             reached.update(further)
         return last
+
+    def _writes_on(self, user: Node, node: Node) -> bool:
+        return user.args[0] is node and isinstance(self.meaning.get(user), (PartialRows, Rows))
 
     def _adds_to(self, user: Node, node: Node) -> bool:
         return node in user.all_input_nodes and isinstance(self.meaning.get(user), SUMS)

@@ -338,12 +338,12 @@ class Range:
 class Combined:
     """Rows have become tokens: out[t] = base[t] + Σ over the token's rows of `term`.
 
-    With `drops`, ids outside the experts' range contribute nothing; else they are as an index takes them.
+    Only ids from 0 on and before `visited` contribute, where it is known; else all, as an index takes them.
     """
 
     rows: Rows
     base: Node | None = None
-    drops: bool = False
+    visited: int | None = None
 
 
 Value: TypeAlias = (
