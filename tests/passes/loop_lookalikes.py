@@ -60,6 +60,14 @@ def first_visited_twice(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def first_twice_then_all(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e in (0, 0, 1, 2, 3):
+        tok, y = _weighed(m, e, x, ids, w)
+        out.index_add_(0, tok, y)
+    return out
+
+
 def backwards(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     """The order of the visits does not matter."""
     out = torch.zeros_like(x)
@@ -136,6 +144,14 @@ def added_elsewhere(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     for e in range(E):
         tok, y = _weighed(m, e, x, ids, w)
         out.index_add_(0, torch.where(mirrored == e)[0], y)
+    return out
+
+
+def put_elsewhere(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """Every token chooses every expert, so that all have as many rows."""
+    out = torch.zeros_like(x)
+    for e in range(E):
+        out[torch.where(ids == (e + 1) % E)[0]] = _weighed(m, e, x, ids, w)[1]
     return out
 
 
@@ -499,6 +515,14 @@ def segments_in_another_order(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Te
     return _segments(m, x, ids, w, order=lambda parts: [parts[1], parts[0], *parts[2:]])
 
 
+def last_segment_left_out(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    perm = ids.flatten().argsort()
+    parts = x[perm // ids.shape[1]].split(ids.flatten().bincount(minlength=E).tolist())  # type: ignore[no-untyped-call]
+    y = torch.cat([m.experts[e](part) for e, part in enumerate(parts[:-1])])
+    at = perm[: y.shape[0]]
+    return torch.zeros_like(x).index_add(0, at // ids.shape[1], y * w.flatten()[at].unsqueeze(-1))
+
+
 def counts_of_other_ids(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     """As many in all, of other experts."""
     return _segments(m, x, ids, w, counts=lambda flat: (E - 1 - flat).bincount(minlength=E))
@@ -569,6 +593,13 @@ def dense_filled(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
 def dense_twice(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     for e in (0, 1, 2, 3, 0):
+        out = out + (w * (ids == e)).sum(-1, keepdim=True) * m.experts[e](x)
+    return out
+
+
+def dense_first_twice_then_all(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e in (0, 0, 1, 2, 3):
         out = out + (w * (ids == e)).sum(-1, keepdim=True) * m.experts[e](x)
     return out
 
@@ -738,6 +769,10 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     _of(one_visited_twice, "fused"),
     _of(last_left_out, "fused", experts=StackedParameters, name="last_left_out_stacked"),
     _of(first_visited_twice, "fused", experts=StackedParameters),
+    _of(first_twice_then_all, "R302", "the rows of expert 0 are added twice"),
+    _of(put_elsewhere, "R402", "put where those of expert 1 belong", top_k=E),
+    _of(dense_first_twice_then_all, "R302", "added twice"),
+    _of(last_segment_left_out, "R302", "3 experts' rows are put together, there may be more"),
     _of(backwards, "fused"),
     _of(
         next_experts_weights,

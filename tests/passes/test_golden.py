@@ -13,23 +13,26 @@ from dsmoe_compiler.ir.passes import PassLog
 from dsmoe_compiler.ir.printer import print_graph
 from dsmoe_compiler.pipeline import DEFAULT
 from tests.conftest import Golden
-from tests.passes import spellings
+from tests.passes import loops, spellings
 from tests.passes.spellings import ROUTERS, Sizes, Spec, layer
 
 SMALL = Sizes(width=4, hidden=2, experts=3, top_k=2)
 HALF = Sizes(width=8, hidden=8, experts=3, top_k=2)
-LAYERS = {
+LAYERS: dict[str, Spec | loops.Case] = {
     "half": Spec(sizes=HALF, shared="plain"),
     "grouped": Spec(sizes=SMALL, route=ROUTERS[2], shared="gated"),
     "gathered": Spec(
         spellings.gathered, body=spellings.BIASED, sizes=SMALL, route=ROUTERS[3], shared="plain"
     ),
     "dense": Spec(spellings.dense_repeat, sizes=SMALL, route=ROUTERS[5], transposed=True, shared="plain"),
+    "loop": loops.Case(loops.from_shared),
 }
 
 
-def captured(spec: Spec) -> ProgramGraph:
+def captured(spec: Spec | loops.Case) -> ProgramGraph:
     """The layer's graph; bfloat16 for the sizes that torch's own grouped product needs."""
+    if isinstance(spec, loops.Case):
+        return ProgramGraph(capture(loops.layer(spec), (torch.randn(2, 5, loops.D),)).exported)
     dtype = torch.bfloat16 if spec.sizes == HALF else torch.float32
     return ProgramGraph(
         capture(layer(spec, dtype), (torch.randn(2, 5, spec.sizes.width, dtype=dtype),)).exported
@@ -42,13 +45,14 @@ def seen(name: str) -> dict[str, str]:
     return stages(LAYERS[name])
 
 
-def stages(spec: Spec) -> dict[str, str]:
+def stages(spec: Spec | loops.Case) -> dict[str, str]:
     """The graph before the first pass and after each one."""
     graph, log = captured(spec), PassLog()
     found = {"capture": print_graph(graph)}
     for step in DEFAULT:
+        known = len(log.replacements)
         assert step.run(graph, log), f"{step.name} found nothing to do"
-        erase_dead(graph.graph)
+        erase_dead(graph.graph, [change.old for change in log.replacements[known:]])
         graph.graph.lint()
         found[step.name] = print_graph(graph)
     return found

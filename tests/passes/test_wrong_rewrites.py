@@ -16,7 +16,9 @@ from dsmoe_compiler.passes.fuse_router import FuseRouter
 from dsmoe_compiler.passes.fuse_shared_experts import FuseSharedExperts
 from dsmoe_compiler.passes.lift_experts import LiftExperts
 from dsmoe_compiler.passes.normalize import Normalize
+from tests.passes import loops
 from tests.passes.checks import assert_same, compiled, only_layer, some_inputs
+from tests.passes.loop_lookalikes import last_left_out
 from tests.passes.spellings import Spec, layer
 from tests.passes.test_refusals import Stacked
 
@@ -105,6 +107,52 @@ def test_wrong_routers(change: Callable[[list[Any]], list[Any]]) -> None:
 def test_wrong_shared_experts() -> None:
     others = (Normalize(), LiftExperts(), FuseRouter())
     refused(FuseSharedExperts(), others, _moe(_shared("silu", "gelu")), "R306")
+
+
+def _packs(change: Callable[[list[Any]], list[Any]]) -> Callable[[list[Any]], list[Any]]:
+    """The experts' own tensors, packed wrongly: of the op's first one."""
+
+    def changed(args: list[Any]) -> list[Any]:
+        first = args[3][0]
+        first.args = (change(list(first.args[0])),)
+        return args
+
+    return changed
+
+
+WRONG_LOOPS = {
+    "experts in another order": _packs(lambda parts: parts[::-1]),
+    "an expert twice": _packs(lambda parts: [parts[0], *parts[:-1]]),
+    "another activation": WRONG_EXPERTS["another activation"],
+    "another's weights": lambda args: [*args[:3], [args[3][1], args[3][0], *args[3][2:]], args[4]],
+}
+
+
+@pytest.mark.parametrize("change", WRONG_LOOPS.values(), ids=WRONG_LOOPS)
+def test_wrong_loops(change: Callable[[list[Any]], list[Any]]) -> None:
+    """Experts re-rolled wrongly; one of them is left out, so that its pairs are dropped."""
+    made = loops.layer(loops.Case(last_left_out))
+    program = compiled(made, width=loops.D, pipeline=(Normalize(), Sabotaged(LiftExperts(), change)))
+    found = only_layer(program)
+    said = str(found.refusal)
+    assert "R304" in said and "pass sabotaged changed the answer" in said, said
+    assert_same(program, made, some_inputs(loops.D))
+
+
+def test_pairs_that_no_expert_answers_to_are_missed_by_the_whole_program() -> None:
+    """A layer alone is given ids that its experts answer to; the check of the whole sees the others."""
+    made = loops.layer(loops.Case(last_left_out))
+    kept = Sabotaged(LiftExperts(), lambda args: [args[0], args[1].all_input_nodes[-1], *args[2:]])
+    program = compiled(made, width=loops.D, pipeline=(Normalize(), kept))
+    assert "R501" in str(only_layer(program).refusal)
+    assert_same(program, made, some_inputs(loops.D))
+
+
+def test_an_honest_loop_is_not_refused() -> None:
+    """What the tests above do wrong is what is refused."""
+    made = loops.layer(loops.Case(last_left_out))
+    program = compiled(made, width=loops.D, pipeline=(Normalize(), Sabotaged(LiftExperts(), list)))
+    assert only_layer(program).fused
 
 
 def test_a_refused_lift_is_a_refused_layer_and_a_refused_router_is_not() -> None:
