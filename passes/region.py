@@ -48,13 +48,13 @@ def first_overwritten(graph: ProgramGraph, x: Node, results: Iterable[Node]) -> 
 
 def size_arguments(graph: ProgramGraph, of: Node) -> list[int | Node] | None:
     """A reshape's arguments for the node's sizes: numbers, earlier values, at most one −1; else None."""
-    known: dict[str, Node] = {}
+    known: dict[object, Node] = {}
     for node in graph.nodes:
         if node is of:
             break
         if isinstance(node.meta.get("val"), torch.SymInt):
-            known.setdefault(str(value(node).node.expr), node)
-    sizes = [s if isinstance(s, int) else known.get(str(s.node.expr), -1) for s in shape(of)]
+            known.setdefault(value(node).node.expr, node)
+    sizes = [s if isinstance(s, int) else known.get(s.node.expr, -1) for s in shape(of)]
     return sizes if sizes.count(-1) <= 1 else None
 
 

@@ -110,9 +110,8 @@ def _segment(lift: Lift, found: Value | None, start: sympy.Expr, length: sympy.E
     pairs = found.domain
     if pairs.ids is None or pairs.order is None or (isinstance(found, Rows) and found.lead != 1):
         return None
-    expert = next(
-        (e for e in range(lift.counted.get(pairs.ids, 0)) if length == count_of(pairs.ids, e)), None
-    )
+    experts = lift.counted.get(pairs.ids, 0) if length.is_Symbol else 0
+    expert = next((e for e in range(experts) if length == count_of(pairs.ids, e)), None)
     if expert is None or start != sympy.Add(*(count_of(pairs.ids, i) for i in range(expert))):
         return None
     domain = OneExpert(pairs.ids, pairs.slots, expert, pairs.order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
@@ -379,7 +380,12 @@ class Lift:
 
 def count_of(ids: Node, expert: int) -> sympy.Symbol:
     """The symbol for how many pairs of `ids` chose an expert."""
-    return sympy.Symbol(f"count({ids.name},{expert})", integer=True, nonnegative=True)
+    return _count_symbol(ids.name, expert)
+
+
+@functools.lru_cache(maxsize=4096)
+def _count_symbol(ids: str, expert: int) -> sympy.Symbol:
+    return sympy.Symbol(f"count({ids},{expert})", integer=True, nonnegative=True)
 
 
 def row_base(node: Node) -> Node:
