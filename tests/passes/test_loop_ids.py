@@ -1,4 +1,4 @@
-"""Ids outside the experts that a loop visits contribute nothing, whatever was done to them after the top-k."""
+"""Ids outside the experts that a loop visits contribute nothing, whatever became of them after the top-k."""
 
 from collections.abc import Callable
 
