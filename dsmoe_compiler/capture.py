@@ -233,6 +233,7 @@ def _stopping(
 
     @functools.wraps(forward)
     def stopping(*args: Any, **kwargs: Any) -> Any:
+        unrolling.routes((args, kwargs))
         fake = torch._guards.detect_fake_mode((args, kwargs))
         environment = getattr(fake, "shape_env", None)
         sizes = sizes_assumed(environment, unrolling) if environment is not None else contextlib.nullcontext()

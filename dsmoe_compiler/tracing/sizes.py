@@ -33,7 +33,7 @@ def sizes_assumed(environment: ShapeEnv, mode: Unrolling) -> Iterator[None]:
                 mode.baked.update(callers_of_number())
             if mode.asks_value or "data-dependent" not in str(e).lower():
                 raise
-            assumed = _about_tokens(expression)
+            assumed = _about_tokens(expression, mode)
             if assumed is None:
                 raise
             text, truth = assumed
@@ -50,16 +50,19 @@ def sizes_assumed(environment: ShapeEnv, mode: Unrolling) -> Iterator[None]:
         del environment.evaluate_expr
 
 
-def _about_tokens(expression: sympy.Basic) -> tuple[str, bool] | None:
+def _about_tokens(expression: sympy.Basic, mode: Unrolling) -> tuple[str, bool] | None:
     """(what is assumed, the answer) for a comparison of sizes; None where the code asks for a value."""
     if not isinstance(expression, sympy.core.relational.Relational):
         return None
     unknown = [s for s in expression.free_symbols if symbol_is_type(s, SymT.UNBACKED_INT)]
     if not unknown:
         return None
+    by_user = is_branch_of_user()
+    if by_user and not mode.routed.issuperset(unknown):
+        return None
     if (with_tokens := _asks_for_tokens(expression)) is not None:
         return TOKENS, with_tokens
-    if is_branch_of_user():
+    if by_user:
         between = _compares_ends(expression)
         return None if between is None else (TOKENS, between)
     if isinstance(expression, (sympy.Eq, sympy.Ne)):

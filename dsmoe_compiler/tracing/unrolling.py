@@ -6,6 +6,7 @@ for an expert that has tokens, and what that takes for granted is written down a
 
     for e in hit.nonzero(): …            every index is visited, in order      VISITS
     for e in torch.unique(ids): …        the same, up to what ids can be       VISITS
+    torch.bincount(ids)                  a count for every class               CLASSES
     counts.tolist(), .cpu().numpy()      one symbolic size each                COUNTS
     if mask.any(): …                     the expert has tokens                 TOKENS
     if n == 0: continue                  the expert has tokens                 TOKENS
@@ -24,18 +25,30 @@ oracle of `sizes.py` is set on the one ShapeEnv in use, conversions on the one m
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from types import CodeType
 from typing import Any, TypeAlias, TypeVar, cast
 
+import sympy
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dsmoe_compiler.ir.graph import depends_on_data
-from dsmoe_compiler.tracing.assumption import COUNTS, SENTINEL, SIZES, TOKENS, VISITS, WITHIN, Assumption
+from dsmoe_compiler.tracing.assumption import (
+    CLASSES,
+    COUNTS,
+    SENTINEL,
+    SIZES,
+    TOKENS,
+    VISITS,
+    WITHIN,
+    Assumption,
+)
 from dsmoe_compiler.tracing.frames import callers_of_number, user_line
 
 Function: TypeAlias = Callable[..., Any]
@@ -57,6 +70,12 @@ _SAME_NUMBERS = frozenset(
     }
 )
 _MOVES = frozenset({"t", "transpose", "permute", "expand", "scatter_", "scatter"})
+# Functions that pick entries of a floating tensor, and those that find where a mask is true.
+_SELECTS = frozenset(
+    {"topk", "argmax", "argmin", "max", "min", "sort", "argsort", "kthvalue", "median", "mode", "multinomial"}
+)
+_FINDS = frozenset({"nonzero", "where", "argwhere", "__getitem__", "masked_select", "index_select"})
+_TO_FLOATS = frozenset({"float", "half", "double", "bfloat16", "type", "type_as", "histc", "sum"})
 
 
 class Unrolling(TorchFunctionMode):
@@ -74,6 +93,9 @@ class Unrolling(TorchFunctionMode):
         self.baked = set[CodeType]()
         self._assumed: dict[Assumption, None] = {}
         self._known: _OfTensors[Tensor] = WeakIdKeyDictionary()  # its values, on the CPU
+        # Sizes that say how many tokens an expert has: of what masks of pairs find, of counts read.
+        self.routed = set[sympy.Symbol]()
+        self._routing: _OfTensors[bool] = WeakIdKeyDictionary()  # whether it says who chose whom
         self._flags: _OfTensors[bool] = WeakIdKeyDictionary()  # whether its numbers are 0 and 1
         self._ends: _OfTensors[bool] = WeakIdKeyDictionary()  # whether its numbers are running sums of counts
         self._before: _OfTensors[Tensor | None] = WeakIdKeyDictionary()  # of a running sum, the one before it
@@ -97,6 +119,14 @@ class Unrolling(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         tensor = args[0] if args and isinstance(args[0], Tensor) else None
+        result = self._called(func, name, tensor, args, kwargs)
+        self._follow_routing(name, args, kwargs, result)
+        return result
+
+    def _called(
+        self, func: Function, name: str, tensor: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What the function gives, or what is given in its stead."""
         if tensor is None:
             made = func(*args, **kwargs)
             if name == "zeros" and isinstance(made, Tensor) and not made.is_floating_point():
@@ -115,6 +145,31 @@ class Unrolling(TorchFunctionMode):
         self._learn(name, tensor, args, result)
         return result
 
+    def routes(self, inputs: Any) -> None:
+        """Take integers and booleans among a call's inputs for selections that were made elsewhere."""
+        for leaf in pytree.tree_leaves(inputs):
+            if isinstance(leaf, Tensor) and _is_integral(leaf):
+                self._routing[leaf] = True
+
+    def _follow_routing(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Remember which tensors say who chose whom, and which sizes were read from such."""
+        results = [
+            r for r in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(r, Tensor)
+        ]
+        operands = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        if name in _SELECTS and operands and operands[0].is_floating_point():
+            chosen = [r for r in results if _is_integral(r)]
+        elif any(a in self._routing for a in operands):
+            kept = name in _SAME_NUMBERS | _MOVES | _TO_FLOATS
+            chosen = [r for r in results if kept or _is_integral(r)]
+            masks = [a for a in operands if a in self._routing and _is_integral(a)]
+            if name in _FINDS and masks:
+                self.routed.update(s for r in results for size in r.shape for s in _unknown_symbols(size))
+        else:
+            return
+        for tensor in chosen:
+            self._routing[tensor] = True
+
     def _value(self, func: Function, tensor: Tensor) -> Any:
         """A branch on a tensor that asks for no tokens: nothing about it is assumed."""
         self.asks_value = True
@@ -131,7 +186,7 @@ class Unrolling(TorchFunctionMode):
             case "view" | "reshape" if (sizes := _rows_regrouped(tensor, args[1:])) is not None:
                 self.assume(SIZES)
                 return (getattr(tensor, name)(sizes),)
-            case "nonzero" | "where" if self._lists_indices(name, tensor, args, kwargs):
+            case "nonzero" | "where" if self._lists_indices(tensor, args, kwargs):
                 as_tuple = name == "where" or bool(kwargs.get("as_tuple"))
                 return (self._every_index(tensor, as_tuple),)
             case "unique" | "unique_consecutive" if tensor in self._widths:
@@ -158,7 +213,7 @@ class Unrolling(TorchFunctionMode):
             case "__bool__" | "item" if tensor in self._branches:
                 self.assume(TOKENS)
                 return (self._branches[tensor],)
-            case "__bool__" if tensor in self._counts and _constant(tensor) is None:
+            case "__bool__" if tensor in self._counts and tensor in self._routing:
                 self.assume(TOKENS)
                 return (True,)
         return None
@@ -174,6 +229,8 @@ class Unrolling(TorchFunctionMode):
                 self._widths[chosen] = width
         if name == "unbind" and tensor in self._ends and tensor.dim() == 1:
             self._follow_each_other(result)
+        elif name == "unbind" and tensor in self._counts:  # which is how torch makes a list of a tensor
+            self._counts.update((entry, True) for entry in result)
         if not isinstance(result, Tensor) or _constant(result) is not None:
             return
         if result.dtype == torch.bool:
@@ -193,7 +250,8 @@ class Unrolling(TorchFunctionMode):
             if (name == "cumsum" and tensor in self._counts) or (moved and tensor in self._ends):
                 self._ends[result] = True
             again = tensor in self._counts and (moved or name in ("cumsum", "sum"))
-            if name in ("bincount", "count_nonzero") or (name == "sum" and flags) or again:
+            added = name in ("scatter_add", "scatter_add_", "index_add", "index_add_") and flags
+            if name in ("bincount", "count_nonzero") or (name == "sum" and flags) or again or added:
                 self._counts[result] = True
 
     def _with_tokens(self, name: str, tensor: Tensor, args: tuple[Any, ...]) -> bool | None:
@@ -202,11 +260,12 @@ class Unrolling(TorchFunctionMode):
         """
         if name in ("logical_not", "__invert__", "bitwise_not") and tensor in self._branches:
             return not self._branches[tensor]
-        if name == "any" and tensor in self._flags:
+        if name == "any" and tensor in self._routing:
             return True
         if name in _SAME_NUMBERS and tensor in self._branches:
             return bool(self._branches[tensor])
-        if tensor not in self._counts or len(args) < 2 or not isinstance(args[1], (int, float)):
+        counts = tensor in self._counts and tensor in self._routing
+        if not counts or len(args) < 2 or not isinstance(args[1], (int, float)):
             return None
         match name, args[1]:
             case ("eq" | "__eq__" | "le" | "__le__", 0) | ("lt" | "__lt__", 1):
@@ -222,11 +281,10 @@ class Unrolling(TorchFunctionMode):
         kept = name in (*_SAME_NUMBERS, *_MOVES, "any", "bool", "gt", "__gt__", "ne", "__ne__")
         return kept and tensor in self._flags
 
-    def _lists_indices(
-        self, name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
+    def _lists_indices(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         one_argument = len(args) == 1 and not set(kwargs) - {"as_tuple"}
-        return one_argument and tensor.dim() == 1 and isinstance(tensor.shape[0], int)
+        vector = tensor.dim() == 1 and isinstance(tensor.shape[0], int)
+        return one_argument and vector and tensor in self._routing
 
     def _every_index(self, tensor: Tensor, as_tuple: bool) -> Tensor | tuple[Tensor]:
         """All indices of a vector of static size, as nonzero gives those of the hit ones."""
@@ -282,8 +340,13 @@ class Unrolling(TorchFunctionMode):
     def _static_bincount(
         self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor] | None:
-        """bincount(x, minlength=n) of numbers below n has n entries; more would be an index error here."""
+        """bincount(x, minlength=n) of numbers below n has n entries, more would be an index error here; of
+        ids without a minlength, as many as there are classes to choose.
+        """
         size = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+        if not size and tensor in self._widths:
+            self.assume(CLASSES)
+            size = self._widths[tensor]
         weighted = kwargs.get("weights", args[1] if len(args) > 1 else None) is not None
         if weighted or not isinstance(size, int) or not size:
             return None
@@ -295,6 +358,7 @@ class Unrolling(TorchFunctionMode):
     def _numbers(self, tensor: Tensor) -> list[Any]:
         """The entries of a vector of static size, one symbolic integer each."""
         entries = [tensor[i] for i in range(int(tensor.shape[0]))]
+        self._routing.update((e, True) for e in entries if tensor in self._routing)
         if tensor in self._ends:
             self._follow_each_other(entries)
             return [self._end(e) for e in entries]
@@ -310,7 +374,9 @@ class Unrolling(TorchFunctionMode):
         if tensor not in self._read:
             before = self._before[tensor]
             start = 0 if before is None else self._end(before)
-            self._read[tensor] = start + self._count(tensor if before is None else tensor - before)
+            more = tensor if before is None else tensor - before
+            self._routing.update((t, True) for t in (more,) if tensor in self._routing)
+            self._read[tensor] = start + self._count(more)
         return self._read[tensor]
 
     def _count(self, tensor: Tensor) -> Any:
@@ -320,7 +386,20 @@ class Unrolling(TorchFunctionMode):
         if isinstance(number, torch.SymInt):
             self.assume(COUNTS)
             torch._check(number >= 0)
+            if tensor in self._routing:
+                self.routed.update(_unknown_symbols(number))
         return number
+
+
+def _is_integral(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex()
+
+
+def _unknown_symbols(size: Any) -> Iterator[sympy.Symbol]:
+    """The symbols for numbers read from data in a size, as it is written and as it is known."""
+    if isinstance(size, torch.SymInt):
+        for expression in (size.node.expr, size.node._expr):
+            yield from (s for s in expression.free_symbols if symbol_is_type(s, SymT.UNBACKED_INT))
 
 
 def _is_short_list(tensor: Tensor) -> bool:
