@@ -21,7 +21,7 @@ from dsmoe_compiler.instrument import Instrument
 from dsmoe_compiler.interrupt import Deferred, forwards, poll
 from dsmoe_compiler.ir.errors import CaptureError, InputError, NotFused, Refusal
 from dsmoe_compiler.ir.graph import ProgramGraph
-from dsmoe_compiler.ir.leftovers import drop_leftovers
+from dsmoe_compiler.ir.leftovers import drop_leftovers, has_sizes_of_data
 from dsmoe_compiler.ir.passes import Pass
 from dsmoe_compiler.pipeline import Progress, Verify
 from dsmoe_compiler.program import Program, name_outputs
@@ -286,7 +286,8 @@ def _held(request: _Request, captured: Captured, progress: Progress | None) -> b
     A random program and one without an example cannot be tested. Raises CaptureError where it does not hold.
     """
     against = request.runnable()
-    if not captured.assumed or against is None or _is_random(captured.exported):
+    tested = captured.assumed or has_sizes_of_data(captured.exported)
+    if not tested or against is None or _is_random(captured.exported):
         return False
     if progress:
         progress("replay")
@@ -296,9 +297,11 @@ def _held(request: _Request, captured: Captured, progress: Progress | None) -> b
     wrong = replay_routings(against[0], program, program.inputs, against[1])
     if wrong:
         assumed = "; ".join(map(str, captured.assumed[:3]))
+        why = (
+            f"tracing assumed: {assumed}" if assumed else "its code depends on how many tokens an expert has"
+        )
         raise CaptureError(
-            f"cannot capture {name}: the graph gives other numbers than the model with {wrong}; "
-            f"tracing assumed: {assumed}"
+            f"cannot capture {name}: the graph gives other numbers than the model with {wrong}; {why}"
         )
     return True
 

@@ -86,70 +86,122 @@ def replay(model: Callable[..., Any], program: Callable[..., Any], inputs: Input
 def replay_routings(
     model: Callable[..., Any], program: Callable[..., Any], inputs: Inputs, example: Call
 ) -> str:
-    """Call both with every selection forced, so that most experts have no token at all; what differs, in
-    words ("" if nothing does).
+    """Call both with every selection forced, so that experts have no token, one, or all of them; what
+    differs, in words ("" if nothing does).
 
-    `program` must hold the selections that the model makes: the graph as captured. Every top-k and argmax of
-    both picks the first entries, then the last ones, and every integer input, which may be a selection made
-    elsewhere, is its smallest number, then its largest: whatever a loop does for an expert without tokens, or
-    with all of them, shows.
+    `program` must hold the selections that the model makes: the graph as captured. Whatever picks entries of
+    floating scores picks what `_PATTERNS` say, in both; integers and masks among the inputs, which may be
+    selections made elsewhere, are also 0 (or false) everywhere, and their largest. Forced selections leave
+    no near ties.
     """
     module = as_module(model)
     sizes = inputs.sizes(*example)
-    other = _resized_call(inputs, example, sizes, {s: n + 2 for s, n in sizes.items()})
+    other = _resized_call(inputs, example, sizes, {s: n + 2 for s, n in sizes.items()}) or example
     with preserved(module), torch.no_grad():
         prepare_configs(module)
-        for words, last in (("the first experts", False), ("the last experts", True)):
-            for call in (example, other):
-                for forced in () if call is None else (call, _uniform(call, last)):
-                    with _Forced(last):
-                        compared = _both(module, program, forced, may_fail=True)
-                    if compared is not None and compared.wrong:
-                        return f"every token routed to {words}: {compared.wrong}"
+        for turn, (words, pattern) in enumerate(_PATTERNS.items()):
+            call = (example, other)[turn % 2]
+            uniform = [_uniform(call, last) for last in (False, True)] if turn < 2 else []
+            for forced in (call, *uniform):
+                with _Forced(pattern):
+                    compared = _both(module, program, forced, may_fail=True)
+                if compared is not None and compared.wrong:
+                    return f"every token routed to {words}: {compared.wrong}"
     return ""
 
 
 def _uniform(call: Call, last: bool) -> Call:
-    """The call with the same number everywhere in an integer input: the smallest it has, or the largest."""
+    """The call with 0 everywhere in an integer input or a mask, or with the largest it has."""
 
     def uniform(leaf: Any) -> Any:
-        integers = isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
-        if not integers or leaf.dtype == torch.bool or not leaf.numel():
+        if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex() or not leaf.numel():
             return leaf
-        return torch.full_like(leaf, int(leaf.max() if last else leaf.min()))
+        if leaf.dtype == torch.bool:
+            return torch.full_like(leaf, last)
+        return torch.full_like(leaf, int(leaf.max()) if last else min(0, int(leaf.min())))
 
     args, kwargs = pytree.tree_map(uniform, call)
     return args, kwargs
 
 
-class _Forced(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, top-k and argmax of floating tensors pick the first or the last entries."""
+def _spread(rows: int, count: int, width: int) -> Tensor:
+    """Entries as far apart as they can be: for three of which two are picked, the first and the last."""
+    return torch.linspace(0, width - 1, count).round().long().expand(rows, count)
 
-    def __init__(self, last: bool) -> None:
+
+def _but_one(rows: int, count: int, width: int) -> Tensor:
+    """The last entries for the first row, the first ones for all others."""
+    ids = torch.arange(count).repeat(rows, 1)
+    ids[:1] += width - count
+    return ids
+
+
+def _among(half: int) -> Callable[[int, int, int], Tensor]:
+    """Entries drawn from every other one (or one more, where that is too few)."""
+
+    def drawn(rows: int, count: int, width: int) -> Tensor:
+        generator = torch.Generator().manual_seed(half)
+        order = torch.arange(width).roll(-half)
+        allowed = torch.cat([order[::2], order[1::2]])[: max(count, -(-width // 2))]
+        ranks = torch.rand(rows, len(allowed), generator=generator).argsort(-1)
+        return allowed[ranks[:, :count]]
+
+    return drawn
+
+
+# By what they are called: (rows, entries to pick, entries there are) -> the entries (rows, picked), distinct.
+_PATTERNS: dict[str, Callable[[int, int, int], Tensor]] = {
+    "the first experts": lambda rows, count, width: torch.arange(count).expand(rows, count),
+    "the last experts": lambda rows, count, width: torch.arange(width - count, width).expand(rows, count),
+    "the first experts, but for one token": _but_one,
+    "experts far apart": _spread,
+    "half of the experts": _among(0),
+    "the other half of the experts": _among(1),
+}
+aten = torch.ops.aten
+
+
+class _Forced(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While entered, what picks entries of floating tensors picks those of a pattern."""
+
+    def __init__(self, pattern: Callable[[int, int, int], Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._last = last
+        self._pattern = pattern
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         scores = args[0] if args else None
         if not isinstance(scores, Tensor) or not scores.is_floating_point() or not scores.dim():
             return result
-        if func is torch.ops.aten.topk.default:
-            dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", -1)
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        dim = given.get("dim", -1)
+        if func in (aten.topk.default, aten.max.dim, aten.min.dim, aten.kthvalue.default):
+            kept = result[1] if result[1].dim() == scores.dim() else result[1].unsqueeze(dim)
+            ids = self._picked(kept, scores.shape[dim], dim)
+            values = scores.gather(dim, ids)
+            return tuple(t.reshape(result[1].shape) for t in (values, ids))
+        if func in (aten.argmax.default, aten.argmin.default) and given.get("dim") is not None:
+            kept = result if result.dim() == scores.dim() else result.unsqueeze(dim)
+            return self._picked(kept, scores.shape[dim], dim).reshape(result.shape)
+        if func in (aten.sort.default, aten.sort.stable):
             ids = self._picked(result[1], scores.shape[dim], dim)
             return scores.gather(dim, ids), ids
-        if func is torch.ops.aten.argmax.default and len(args) > 1 and args[1] is not None:
-            return torch.full_like(result, scores.shape[args[1]] - 1 if self._last else 0)
         return result
 
     def _picked(self, like: Tensor, width: int, dim: int) -> Tensor:
-        count = like.shape[dim]
-        ids = torch.arange(count, device=like.device) + (width - count if self._last else 0)
-        shape = [1] * like.dim()
-        shape[dim] = count
-        return ids.view(shape).expand(like.shape).contiguous()
+        """The pattern's entries, in the places of `like`: along `dim` the entries picked, else rows."""
+        moved = like.movedim(dim, -1)
+        count = moved.shape[-1]
+        rows = moved.numel() // count if count else 0
+        if count == width and width:  # all of them: in the order in which the pattern would have one
+            first = self._pattern(rows, 1, width)
+            ids = (first + torch.arange(width)) % width
+        else:
+            ids = self._pattern(rows, count, width)
+        return ids.to(like.device).reshape(moved.shape).movedim(-1, dim).contiguous()
 
 
 def _repeats(module: nn.Module, program: Callable[..., Any], inputs: Inputs, call: Call) -> bool:

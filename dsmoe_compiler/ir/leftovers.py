@@ -29,6 +29,11 @@ def drop_leftovers(exported: ExportedProgram) -> None:
         del exported.range_constraints[symbol]
 
 
+def has_sizes_of_data(exported: ExportedProgram) -> bool:
+    """Whether any size in the program is read from data."""
+    return any(_is_of_data(symbol) for symbol in exported.range_constraints)
+
+
 def _symbols(exported: ExportedProgram) -> set[sympy.Symbol]:
     values = [n.meta.get("val") for n in exported.graph.nodes]
     sizes = [
