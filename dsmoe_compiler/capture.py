@@ -387,7 +387,8 @@ def _explain(
     )
     if (raised := _raised(module, example)) is not None:
         return InputError(f"{name} itself fails on the example inputs{_place(raised)}: {_reason(raised)}")
-    if "data-dependent" in str(failure).lower() or "DataDependent" in type(failure).__name__:
+    of_values = "data-dependent" in str(failure).lower() or ".numpy() is not supported" in str(failure)
+    if of_values or "DataDependent" in type(failure).__name__:
         what_to_do = (
             "the graph may not depend on the values of tensors: remove the branch or the loop over data"
         )

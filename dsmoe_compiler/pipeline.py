@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dsmoe_compiler.instrument import Instrument, PassRun
-from dsmoe_compiler.ir.errors import DsmoeError, Refusal
+from dsmoe_compiler.ir.errors import DsmoeError, InputError, Refusal
 from dsmoe_compiler.ir.graph import ProgramGraph, erase_dead
 from dsmoe_compiler.ir.passes import LayerFacts, Pass, PassLog, Replacement
 from dsmoe_compiler.passes.fuse_router import FuseRouter
@@ -45,9 +45,13 @@ class Outcome:
 
 def steps_of(pipeline: Sequence[Pass] | str | None) -> tuple[Pass, ...]:
     """The passes to run: those given, those a text names, the default ones for None. Raises InputError."""
+    if pipeline is None:
+        return DEFAULT
     if isinstance(pipeline, str):
         return parse(pipeline, PASSES)
-    return DEFAULT if pipeline is None else tuple(pipeline)
+    if not isinstance(pipeline, Sequence):
+        raise InputError(f"pipeline is a {type(pipeline).__name__}: give passes, or their names in a text")
+    return tuple(pipeline)
 
 
 def run(
@@ -130,6 +134,9 @@ def _checked(
 def _refusal(step: Pass, change: Replacement, verdict: Verdict) -> Refusal:
     if verdict.has_nan:
         return Refusal("R305", "its weights hold NaN, so no rewrite can be checked", change.old.name)
+    if verdict.outside:
+        because = f"it reads a size that depends on %{verdict.outside}, so no rewrite of it can be checked"
+        return Refusal(change.refused, because, change.old.name)
     because = (
         f"pass {step.name} changed the answer: relative error {verdict.error:.1e}, "
         f"{verdict.allowed:.1e} is what rounding explains"

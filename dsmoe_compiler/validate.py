@@ -34,6 +34,8 @@ from dsmoe_compiler.packing import pack
 
 # What each symbolic size is for one check.
 Sizes: TypeAlias = dict[sympy.Expr, sympy.Expr]
+# Sizes read from data that a layer's inputs come with.
+Given: TypeAlias = frozenset[sympy.Symbol]
 
 # Sizes tried for the varying dimensions, most tokens first, until the largest intermediate fits the budget.
 _SIZES = ((3, 11, 2, 5), (2, 7, 2, 3), (2, 3, 2, 2), (1, 2, 1, 1))
@@ -43,21 +45,28 @@ _GATHERED = 2**22  # numbers of weights gathered per pair, past which a loop ove
 
 @dataclass(frozen=True)
 class Verdict:
-    """The largest relative error seen, what was allowed, and whether the layer's weights hold NaN."""
+    """The largest relative error seen, what was allowed, whether the layer's weights hold NaN, and what from
+    outside the layer it would take to check it ("" if nothing).
+    """
 
     error: float
     allowed: float
     has_nan: bool = False
+    outside: str = ""
 
     @property
     def passed(self) -> bool:
-        return not self.has_nan and self.error <= self.allowed
+        return not self.has_nan and not self.outside and self.error <= self.allowed
 
 
 def validate(graph: ProgramGraph, change: Replacement, seed: int = 0) -> Verdict:
     """Run both values of a replacement on the same inputs and compare."""
-    region = _between(change.inputs, (change.old, change.new))
-    inside = set(_between(change.inputs, (change.old,))) - set(change.inputs)
+    given = _given(change.inputs)
+    region = _between(change.inputs, (change.old, change.new), given)
+    for node in region:
+        if node.op == "placeholder" and node not in change.inputs and graph.parameter(node) is None:
+            return Verdict(math.nan, 0.0, outside=node.name)
+    inside = set(_between(change.inputs, (change.old,), given)) - set(change.inputs)
     kept = any(n.target in STAND_INS for n in inside)
     params = [
         n for n in region if graph.parameter(n) is not None and not (kept and _only_of_experts(n, region))
@@ -75,7 +84,7 @@ def validate(graph: ProgramGraph, change: Replacement, seed: int = 0) -> Verdict
     with torch.no_grad():
         for inputs in _routings(change, sizes, generator):
             values = dict(inputs) | tensors
-            run = _Run(sizes, stand_ins=kept)
+            run = _Run(sizes, given, stand_ins=kept)
             old, new = (run.value(result, dict(values)) for result in (change.old, change.new))
             worst = max(worst, relative_error(new, old))
     return Verdict(worst, allowed)
@@ -115,22 +124,29 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else (0.0 if difference == 0 else math.inf)
 
 
-def _between(inputs: tuple[Node, ...], results: tuple[Node, ...]) -> list[Node]:
+def _given(inputs: tuple[Node, ...]) -> Given:
+    """The symbols for sizes read from data that the inputs' own shapes have."""
+    return frozenset(s for n in inputs for size in _sizes_of(n) for s in _symbols(size))
+
+
+def _between(inputs: tuple[Node, ...], results: tuple[Node, ...], given: Given) -> list[Node]:
     """The nodes that compute the results from the inputs, in execution order; both ends included."""
     needed, stack = set[Node](), list(results)
     while stack:
         node = stack.pop()
         if node not in needed:
             needed.add(node)
-            if node not in inputs and not _is_size(node):
+            if node not in inputs and not _is_size(node, given):
                 stack.extend(node.all_input_nodes)
     return sorted(needed)
 
 
-def _is_size(node: Node) -> bool:
-    """A number that follows from the sizes of the inputs; one that depends on data is computed."""
+def _is_size(node: Node, given: Given) -> bool:
+    """A number that follows from the sizes of the inputs; another that depends on data is computed."""
     size = node.meta.get("val")
-    return isinstance(size, int) or (isinstance(size, torch.SymInt) and not depends_on_data(size))
+    if not isinstance(size, torch.SymInt):
+        return isinstance(size, int)
+    return not depends_on_data(size) or given.issuperset(_symbols(size))
 
 
 def _choose_sizes(region: list[Node]) -> Sizes:
@@ -159,7 +175,8 @@ def _gathered(node: Node, sizes: Sizes) -> int:
 
 
 def _sizes_of(node: Node) -> tuple[Any, ...]:
-    return shape(node) if is_tensor(node) else (node.meta["val"],) if _is_size(node) else ()
+    size = node.meta.get("val")
+    return shape(node) if is_tensor(node) else (size,) if isinstance(size, (int, torch.SymInt)) else ()
 
 
 def _symbols(size: int | torch.SymInt) -> list[sympy.Expr]:
@@ -218,14 +235,15 @@ class _Run:
     """Runs part of a graph at small sizes, fused ops by stand-ins where both sides hold the same experts."""
 
     sizes: Sizes
+    given: Given
     stand_ins: bool
 
     def value(self, result: Node, values: dict[Node, Any]) -> Tensor:
         """The value of `result`, computed from `values`."""
-        for node in _between(tuple(values), (result,)):
+        for node in _between(tuple(values), (result,), self.given):
             if node in values:
                 continue
-            if _is_size(node):
+            if _is_size(node, self.given):
                 values[node] = _number(node.meta["val"], self.sizes)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)

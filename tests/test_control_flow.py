@@ -159,6 +159,136 @@ def test_what_tracing_assumed_is_held_against_the_model(model: nn.Module) -> Non
     assert "\n" not in str(caught.value)
 
 
+class _Asks(_Layer):
+    """A loop whose answer depends on which experts have tokens, in ways that few routings show."""
+
+    def __init__(
+        self, experts: int, choose: Callable[[Tensor], Tensor], question: Callable[..., Any]
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, experts, bias=False)
+        self.choose, self.question = choose, question
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = self.choose(self.gate(x).softmax(-1))
+        out = torch.zeros_like(x)
+        for e in range(self.gate.out_features):
+            out = self.question(out, x, ids, e)
+        return out
+
+
+def _counts_visits(out: Tensor, x: Tensor, ids: Tensor, e: int) -> Tensor:
+    return out + 1 if (ids == e).any() else out
+
+
+def _second_is_empty(out: Tensor, x: Tensor, ids: Tensor, e: int) -> Tensor:
+    return out + (e == 1) if torch.where(ids == e)[0].numel() == 0 else out
+
+
+def _first_without_second(out: Tensor, x: Tensor, ids: Tensor, e: int) -> Tensor:
+    return out + 7 if e == 0 and (ids == 0).any() and not (ids == 1).any() else out
+
+
+def _single_token(out: Tensor, x: Tensor, ids: Tensor, e: int) -> Tensor:
+    found = (ids == e).any(-1).nonzero().squeeze()
+    return out + 1 if found.dim() == 0 else out.index_add(0, found, x[found])
+
+
+SELECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "topk": lambda p: p.topk(K, dim=-1).indices,
+    "max": lambda p: p.max(-1, keepdim=True).indices,
+    "argmax": lambda p: p.argmax(-1).unsqueeze(-1),
+    "min": lambda p: p.min(-1, keepdim=True)[1],
+    "argmin": lambda p: p.argmin(-1, keepdim=True),
+    "sort": lambda p: p.sort(-1, descending=True)[1][:, :K],
+    "argsort": lambda p: p.argsort(-1, descending=True)[:, :K],
+    "kthvalue": lambda p: p.kthvalue(2, -1, keepdim=True)[1],
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_way_to_select_is_forced(selection: str) -> None:
+    with pytest.raises(dsmoe.CaptureError, match="every token routed to"):
+        dsmoe.compile(_Asks(E, SELECTIONS[selection], _counts_visits), (torch.randn(37, D),))
+
+
+@pytest.mark.parametrize(
+    ("experts", "question"),
+    [(3, _second_is_empty), (4, _first_without_second), (4, _single_token)],
+    ids=["one in the middle", "two at once", "a single token"],
+)
+def test_routings_that_the_ends_do_not_show(experts: int, question: Callable[..., Any]) -> None:
+    with pytest.raises(dsmoe.CaptureError, match="every token routed to"):
+        dsmoe.compile(_Asks(experts, SELECTIONS["topk"], question), (torch.randn(37, D),))
+
+
+class _Kept(_Layer):
+    """Only some rows are routed: which, is not known to routing."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.early = early
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+        rows = x[kept]
+        if self.early and rows.shape[0] == 0:
+            return x
+        weights, ids = self.route(rows)
+        out = torch.zeros_like(rows)
+        for e in range(E):
+            self.add(out, rows, weights, ids, e)
+        return x.index_put((kept,), out) + 1
+
+
+def test_rows_chosen_by_a_mask_are_routed() -> None:
+    model = _Kept(early=False)
+    program = dsmoe.compile(model, (torch.randn(37, D), torch.rand(37) > 0.5))
+    assert program.report.fused == 1
+    for tokens in (37, 12):
+        x, kept = torch.randn(tokens, D), torch.rand(tokens) > 0.5
+        assert relative(program(x, kept), model(x, kept)) < 1e-6
+
+
+def test_masks_that_are_inputs_are_emptied() -> None:
+    with pytest.raises(dsmoe.CaptureError, match="every token routed to the first experts"):
+        dsmoe.compile(_Kept(early=True), (torch.randn(37, D), torch.rand(37) > 0.5))
+
+
+def test_rows_chosen_by_their_values_are_no_tokens_of_an_expert() -> None:
+    def chosen(x: Tensor) -> Tensor:
+        rows = x[x[:, 0] > 1.0]
+        return x if rows.shape[0] == 0 else x + rows.sum(0)
+
+    with pytest.raises(dsmoe.CaptureError, match="values of tensors"):
+        dsmoe.compile(chosen, (torch.randn(37, D),))
+
+
+def test_counts_without_a_minlength() -> None:
+    def by_offsets(rows: Tensor, counts: Tensor) -> list[Tensor]:
+        return _by_offsets(rows, counts)
+
+    class Verbatim(_Segments):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.route(x)
+            flat = ids.view(-1)
+            order, out = flat.argsort(), torch.zeros_like(x)
+            ends = flat.bincount().cpu().numpy().cumsum(0)
+            for e, end in enumerate(ends):
+                start = 0 if e == 0 else ends[e - 1]
+                if start == end:
+                    continue
+                token = order[start:end] // K
+                rows = self.experts[e](x[token]) * weights.view(-1, 1)[order[start:end]]
+                out.scatter_reduce_(0, token.view(-1, 1).repeat(1, D), rows, reduce="sum")
+            return out
+
+    model = Verbatim(by_offsets)
+    program = dsmoe.compile(model, (torch.randn(37, D),), require_fused=True)
+    for tokens in (37, 5, 1):
+        x = torch.randn(tokens, D)
+        assert relative(program(x), model(x)) < 1e-6
+
+
 def _given(x: Tensor, ids: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """Routed elsewhere: the ids are an input. An expert without tokens adds 1."""
     out = torch.zeros_like(x)

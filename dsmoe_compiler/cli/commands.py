@@ -30,7 +30,8 @@ def main(ctx: click.Context) -> None:
     \b
     MODEL is one of
       deepseek-moe-16b         a name of the zoo; `dsmoe models` lists them
-      package.module:callable  yours; the current folder is importable
+      package.module:callable  yours (the current folder is importable): the model, or, if it takes no
+                               arguments, a factory of a module or of (model, args, kwargs)
       hf:PATH                  a folder with a config.json, and weights if it has them
       FILE.pt2                 a program that `dsmoe compile` wrote
 

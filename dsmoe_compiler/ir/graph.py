@@ -148,7 +148,7 @@ def _expression(size: Size) -> object:
 def module_path(node: Node) -> tuple[str, ...]:
     """The module the node was traced in, as the parts of its dotted name; () for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
-    names = [entry[0] for entry in stack.values()]
+    names = [entry[0] for entry in stack.values() if not entry[0].startswith("_empty_nn_module")]
     name = names[-1].split("@")[0] if names else ""
     return tuple(name.split(".")) if name else ()
 

@@ -71,7 +71,7 @@ def _bind_packs(module: GraphModule, exported: ExportedProgram) -> None:
             lowered = module.graph.call_module(f"dsmoe_pack_{i}")
         node.replace_all_uses_with(lowered)
         module.graph.erase_node(node)
-        for part in parts:
+        for part in dict.fromkeys(parts):
             if not part.users:
                 module.graph.erase_node(part)
 
