@@ -45,13 +45,12 @@ class Outcome:
 
 def steps_of(pipeline: Sequence[Pass] | str | None) -> tuple[Pass, ...]:
     """The passes to run: those given, those a text names, the default ones for None. Raises InputError."""
-    if pipeline is None:
-        return DEFAULT
     if isinstance(pipeline, str):
         return parse(pipeline, PASSES)
-    if not isinstance(pipeline, Sequence):
-        raise InputError(f"pipeline is a {type(pipeline).__name__}: give passes, or their names in a text")
-    return tuple(pipeline)
+    try:
+        return DEFAULT if pipeline is None else tuple(pipeline)
+    except TypeError as e:
+        raise InputError(f"pipeline={pipeline!r}: give passes, or their names in a text") from e
 
 
 def run(

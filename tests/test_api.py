@@ -164,3 +164,8 @@ def test_inspecting_a_large_model_takes_little_memory() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     fused, megabytes = map(int, done.stdout.split())
     assert fused == 9 and megabytes < 1500
+
+
+def test_a_pipeline_that_is_none() -> None:
+    with pytest.raises(dsmoe.InputError, match="pipeline=3: give passes, or their names in a text"):
+        dsmoe.compile(Experts(), (x_TD,), pipeline=3)  # type: ignore[arg-type]
