@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+# Drawings are all that the layout library is needed for.
+collect_ignore = [] if find_spec("graphlay") else ["report/test_drawing_picture.py", "cli/test_one_layer.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

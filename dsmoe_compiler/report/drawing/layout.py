@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import graphlay
-
+from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.report.drawing.layer_graph import ROLES, Role
 from dsmoe_compiler.report.drawing.measure import Size, size_of
 from dsmoe_compiler.report.drawing.sketch import Sketch
+
+try:
+    import graphlay
+except ImportError as e:  # an incomplete installation: everything but drawings works
+    raise InputError("drawings need the package graphlay: pip install graphlay") from e
 
 Point = tuple[float, float]
 _OPTIONS = {
