@@ -70,7 +70,7 @@ def repeated(
         while times < least or not until.is_set():
             assert program(x).equal(expected)
             times += 1
-            time.sleep(0.001)  # on few cores a loop that never rests starves the thread it runs beside
+            time.sleep(0.01)  # on few cores a loop that never rests starves the thread it runs beside
     return times
 
 
