@@ -263,6 +263,20 @@ def test_rows_chosen_by_their_values_are_no_tokens_of_an_expert() -> None:
         dsmoe.compile(chosen, (torch.randn(37, D),))
 
 
+class _RoutedRowsByValue(_Layer):
+    """What is picked from is routing, how much is picked is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, ids = self.route(x)
+        picked = ids[x[:, 0] > 1.0]
+        return x if picked.shape[0] == 0 else x + picked.sum()
+
+
+def test_ids_chosen_by_values_are_no_tokens_of_an_expert() -> None:
+    with pytest.raises(dsmoe.CaptureError, match="values of tensors"):
+        dsmoe.compile(_RoutedRowsByValue(), (torch.randn(37, D),))
+
+
 def test_counts_without_a_minlength() -> None:
     def by_offsets(rows: Tensor, counts: Tensor) -> list[Tensor]:
         return _by_offsets(rows, counts)

@@ -70,11 +70,13 @@ _SAME_NUMBERS = frozenset(
     }
 )
 _MOVES = frozenset({"t", "transpose", "permute", "expand", "scatter_", "scatter"})
-# Functions that pick entries of a floating tensor, and those that find where a mask is true.
+# Functions that pick entries of a floating tensor.
 _SELECTS = frozenset(
     {"topk", "argmax", "argmin", "max", "min", "sort", "argsort", "kthvalue", "median", "mode", "multinomial"}
 )
-_FINDS = frozenset({"nonzero", "where", "argwhere", "__getitem__", "masked_select", "index_select"})
+# Functions that find where a mask is true, and the first argument that may be the mask: what is picked from
+# says nothing of how much is picked.
+_FINDS = {"nonzero": 0, "where": 0, "argwhere": 0, "__getitem__": 1, "masked_select": 1}
 _TO_FLOATS = frozenset({"float", "half", "double", "bfloat16", "type", "type_as", "histc", "sum"})
 
 
@@ -162,8 +164,8 @@ class Unrolling(TorchFunctionMode):
         elif any(a in self._routing for a in operands):
             kept = name in _SAME_NUMBERS | _MOVES | _TO_FLOATS
             chosen = [r for r in results if kept or _is_integral(r)]
-            masks = [a for a in operands if a in self._routing and _is_integral(a)]
-            if name in _FINDS and masks:
+            masks = [a for a in pytree.tree_leaves(args[_FINDS.get(name, 0) :]) if isinstance(a, Tensor)]
+            if name in _FINDS and masks and all(a in self._routing for a in masks):
                 self.routed.update(s for r in results for size in r.shape for s in _unknown_symbols(size))
         else:
             return
