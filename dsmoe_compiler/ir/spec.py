@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import ast
 from dataclasses import MISSING, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
+from threading import Lock
 from typing import Any, Literal, TypeVar
 
 from dsmoe_compiler.ir.body import ACTIVATIONS, GEMMS, Body, Step, parse_body
@@ -197,15 +198,26 @@ def to_text(spec: object) -> str:
     return f"{name}({','.join(parts)})"
 
 
+# Before Python 3.11.8, two threads that build syntax trees at once corrupt one counter of the interpreter and
+# get a SystemError (CPython issue 106905). An op reads its spec where it runs, in whichever thread that is.
+_ONE_AT_A_TIME = Lock()
+
+
 def parse(text: str, kind: type[Spec]) -> Spec:
     """The inverse of `to_text`. Raises ValueError when `text` is not a `kind`."""
     try:
-        value = _read(ast.parse(text, mode="eval").body)
+        value = _parsed(text)
     except (SyntaxError, TypeError, KeyError) as e:
         raise ValueError(f"not a spec: {text!r}") from e
     if not isinstance(value, kind):
         raise ValueError(f"not a {kind.__name__}: {text!r}")
     return value
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> Any:
+    with _ONE_AT_A_TIME:
+        return _read(ast.parse(text, mode="eval").body)
 
 
 def _value_text(value: object) -> str:
