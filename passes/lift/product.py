@@ -8,12 +8,14 @@ linear(rows of expert e, P[e], b)   one expert's rows with its own matrix
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape
 from dsmoe_compiler.passes.lift.gather import tokens_everywhere
 from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
-from dsmoe_compiler.passes.lift.values import Everywhere, Offsets, OneExpert, Pairs, Rows, Value
+from dsmoe_compiler.passes.lift.values import GRIDS, Offsets, OneExpert, Pairs, Rows, Value
 
 
 def grouped(lift: Lift, node: Node) -> Value | None:
@@ -59,7 +61,9 @@ def batched(lift: Lift, node: Node) -> Value | None:
     if a is None and isinstance(experts, int) and is_tensor(left):
         assert isinstance(left, Node)
         a = tokens_everywhere(lift, left, experts)
-    if a is None or a.domain != Everywhere(int(experts), 0) or a.lead != 2 or len(a.trail) != 1:
+    if a is None or not isinstance(a.domain, GRIDS) or (a.lead, len(a.trail)) != (2, 1):
+        return None
+    if (a.domain.experts, a.domain.axis) != (int(experts), 0):
         return None
     width = shape(parameter)[1 if flipped else 2]
     assert isinstance(width, int)
@@ -155,7 +159,7 @@ def einsum(lift: Lift, node: Node) -> Value | None:
         rows = tokens_everywhere(lift, operands[1 - which], experts)
         other = e + other
     inner = other[-1]
-    if rows is None or rows.lead != 2 or len(rows.trail) != 1 or not isinstance(rows.domain, Everywhere):
+    if rows is None or rows.lead != 2 or len(rows.trail) != 1 or not isinstance(rows.domain, GRIDS):
         return None
     if other.find(e) != rows.domain.axis or rows.domain.experts != experts or inner not in weights[1:]:
         return None
@@ -168,9 +172,8 @@ def einsum(lift: Lift, node: Node) -> Value | None:
     op = "linear" if (weights[2] == inner) != flipped else "matmul"
     width = shape(operands[which])[weights.index(outer)]
     assert isinstance(width, int)
-    return _product(
-        lift, rows.like(rows.term, domain=Everywhere(experts, out.index(e))), parameter, op, (width,)
-    )
+    turned = replace(rows.domain, axis=out.index(e))
+    return _product(lift, rows.like(rows.term, domain=turned), parameter, op, (width,))
 
 
 def _product(lift: Lift, rows: Rows, parameter: Node, op: str, trail: tuple[int, ...]) -> Rows:
@@ -181,7 +184,7 @@ def expert_bias(lift: Lift, node: Node) -> Value | None:
     """rows (E, T, F) + bias (E, 1, F), rows (T, E, F) + bias (E, F): an expert's vector a row."""
     for rows_at, bias_at in ((0, 1), (1, 0)):
         rows, bias = lift.rows(node.args[rows_at]), node.args[bias_at]
-        if rows is None or not isinstance(rows.domain, Everywhere) or not isinstance(bias, Node):
+        if rows is None or not isinstance(rows.domain, GRIDS) or not isinstance(bias, Node):
             continue
         vector = _beside(bias, rows.domain.axis)
         found = None if vector is None else lift.expert_parameter(vector)

@@ -21,7 +21,7 @@ from dsmoe_compiler.passes.lift.state import (
     argument,
     operator_name,
 )
-from dsmoe_compiler.passes.lift.values import Everywhere, OneExpert, Pairs, Parts, Rows, Value
+from dsmoe_compiler.passes.lift.values import GRIDS, OneExpert, Pairs, Parts, Rows, Value
 
 UNARY = {
     "aten::neg": "neg",
@@ -288,7 +288,7 @@ def _leads(rows: Rows, old: tuple[Size, ...], new: tuple[Size, ...]) -> list[int
     found = []
     if len(new) >= rows.lead and all(map(same_size, old[: rows.lead], new[: rows.lead])):
         found.append(rows.lead)
-    if isinstance(rows.domain, Everywhere):
+    if isinstance(rows.domain, GRIDS):
         if rows.lead == 1 and len(new) > 1 and same_size(new[0], rows.domain.experts):
             found.append(2)
         if rows.lead == 2 and rows.domain.axis == 0:
@@ -344,10 +344,10 @@ def transpose(lift: Lift, node: Node) -> Value | None:
         order[-2:] = order[:-3:-1]
     if (
         order[: rows.lead] == [1, 0]
-        and isinstance(rows.domain, Everywhere)
+        and isinstance(rows.domain, GRIDS)
         and order[2:] == list(range(2, rank))
     ):
-        return rows.like(rows.term, domain=Everywhere(rows.domain.experts, 1 - rows.domain.axis))
+        return rows.like(rows.term, domain=replace(rows.domain, axis=1 - rows.domain.axis))
     if order[: rows.lead] != list(range(rows.lead)):
         return None
     trail = tuple(rows.trail[d - rows.lead] for d in order[rows.lead :])

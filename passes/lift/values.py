@@ -6,9 +6,10 @@ says which rows there are:
     Pairs(ids, K, order=None)   the T·K (token, slot) pairs in their own order
     Pairs(ids, K, order=%sort)  the same pairs, sorted by expert
     Everywhere(E, axis)         every token for every expert, experts on dimension `axis` of (E, T)
+    Capacity(E, axis, parts)    the capacity slots of every expert, experts on dimension `axis` of (E, C)
     OneExpert(ids, K, e, order) the pairs that chose expert e, in one of the orders in which code lists them
 
-Letters: T tokens, K ids per token, E experts.
+Letters: T tokens, K ids per token, E experts, C capacity slots per expert.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import sympy
 from torch.fx import Node
 
 
@@ -59,17 +61,39 @@ class Everywhere:
 
 
 @dataclass(frozen=True)
+class Capacity:
+    """The capacity slots of each of `experts` experts; `axis` is the experts' dimension, of two.
+
+    `parts` say which pair sits in which slot, each of them of other pairs; a slot nobody sits in holds no
+    pair's row.
+    """
+
+    experts: int
+    axis: int
+    parts: tuple[OneHot, ...]
+
+    @property
+    def words(self) -> str:
+        """For a reader."""
+        return "the capacity slots of every expert"
+
+    def meet(self, other: Domain) -> Capacity | None:
+        """The same rows, or None."""
+        return self if self == other else None
+
+
+@dataclass(frozen=True)
 class OneExpert:
     """The pairs of `ids` that chose one expert.
 
-    `order` says how they are listed: "token" by token (then slot), "slot" by slot (then token), or as the
-    sort that is a node lists them; `slot` that only pairs of this slot are.
+    `order` says how they are listed: "token" by token (then slot), "slot" by slot (then token), as the
+    sort that is a node lists them, or as capacity slots hold them; `slot` that only pairs of this slot are.
     """
 
     ids: Node
     slots: int
     expert: int
-    order: Node | str
+    order: Node | str | Capacity
     slot: int | None = None
 
     @property
@@ -82,7 +106,8 @@ class OneExpert:
         return self if self == other else None
 
 
-Domain: TypeAlias = Pairs | Everywhere | OneExpert
+Domain: TypeAlias = Pairs | Everywhere | Capacity | OneExpert
+GRIDS = (Everywhere, Capacity)  # rows numbered by two dimensions, one of them the experts
 
 
 @dataclass(frozen=True)
@@ -178,13 +203,110 @@ class Offsets:
 class OneHot:
     """1 (or the pair's weight, a (T, K) value) where a pair chose an expert.
 
-    `axes` names the dimensions: T tokens, K slots, P pairs, E experts.
+    `axes` names the dimensions: T tokens, K slots, P pairs, E experts; Q pairs slot by slot, C capacity
+    slots, "1" one of size 1. Where `place` is known, 1 only at the pair's place among C. It may be 0 where
+    the number in `hidden` is 0, too.
     """
 
     ids: Node
     experts: int
     weight: Node | None = None
     axes: str = "TKE"
+    place: Place | None = None
+    hidden: Node | None = None
+
+
+@dataclass(frozen=True)
+class Queue:
+    """How many pairs chose an expert up to each pair, in any order of pairs: its place in the expert's queue.
+
+    The first place is `start`; pairs of the ids in `before` stand in each queue before those of `ids`. `axes`
+    are a one-hot's, the other experts' numbers being of no use.
+    """
+
+    ids: Node
+    experts: int
+    axes: str
+    start: int
+    before: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class OwnPlaces:
+    """A queue's places where a pair of `of` chose the expert, 0 elsewhere."""
+
+    queue: Queue
+    of: Node
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of each pair that `of` keeps, its place in its expert's queue, but at most `most` where that is known.
+
+    No two pairs have the same place with the same expert, up to `most`.
+    """
+
+    queue: Queue
+    of: Node
+    axes: str
+    most: sympy.Expr | None = None
+
+
+@dataclass(frozen=True)
+class PlaceHot:
+    """1 at each pair's place among C."""
+
+    place: Place
+    axes: str
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A pair's place in a queue is at most `most`."""
+
+    ids: Node
+    start: int
+    before: tuple[Node, ...]
+    most: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Within:
+    """True (or 1) where a pair's place is within a limit; `axes` a one-hot's or the pairs'."""
+
+    limit: Limit
+    axes: str
+
+
+@dataclass(frozen=True)
+class Flags:
+    """1 for the pairs that `ids` keep, 0 for those it drops."""
+
+    ids: Node
+    axes: str
+
+
+@dataclass(frozen=True)
+class KeptWeights:
+    """The pairs' `weight` where `ids` keep the pair, 0 where they drop it."""
+
+    ids: Node
+    weight: Node
+    axes: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """(1, E): how many pairs of `ids` chose each expert."""
+
+    ids: Node
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """(T, E, C): the sum of several one-hots with places, each of another slot's pairs."""
+
+    parts: tuple[OneHot, ...]
 
 
 @dataclass(frozen=True)
@@ -357,6 +479,15 @@ Value: TypeAlias = (
     | Counts
     | Offsets
     | OneHot
+    | Queue
+    | OwnPlaces
+    | Place
+    | PlaceHot
+    | Within
+    | Flags
+    | KeptWeights
+    | Totals
+    | Dispatch
     | MultiHot
     | Mask
     | Outside
