@@ -40,6 +40,7 @@ from dsmoe_compiler.resize import resized
 from dsmoe_compiler.tracing.assumption import Assumption
 from dsmoe_compiler.tracing.conversions import keep_in_place
 from dsmoe_compiler.tracing.frames import is_of_user
+from dsmoe_compiler.tracing.helper_frames import HelperFrames
 from dsmoe_compiler.tracing.sizes import sizes_assumed
 from dsmoe_compiler.tracing.symbolic_int import Codes, keep_symbolic
 from dsmoe_compiler.tracing.unrolling import Unrolling
@@ -238,11 +239,12 @@ def _stopping(
         environment = getattr(fake, "shape_env", None)
         sizes = sizes_assumed(environment, unrolling) if environment is not None else contextlib.nullcontext()
         try:
-            with sizes, unrolling:
+            with sizes, HelperFrames(own), unrolling:
                 return forward(*args, **kwargs)
         except Exception as e:
             raise _Stopped from e
 
+    own = stopping.__code__  # type: ignore[attr-defined]
     signature = inspect.signature(forward)
     parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     surplus = [k for k in kwargs if k not in signature.parameters]

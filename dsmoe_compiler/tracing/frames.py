@@ -49,6 +49,14 @@ def callers_of_number() -> list[CodeType]:
     return codes
 
 
+def codes_within(outermost: CodeType) -> Iterator[CodeType]:
+    """What runs now, from the innermost function out to the one of this code, that one left out."""
+    for frame, _ in _frames():
+        if frame.f_code is outermost:
+            return
+        yield frame.f_code
+
+
 def _frames() -> Iterator[tuple[FrameType, str]]:
     """Frames from here outwards, each with the name of the function that it called."""
     frame: FrameType | None = sys._getframe(1)
