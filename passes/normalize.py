@@ -27,6 +27,7 @@ from dsmoe_compiler.ir.graph import (
     erase_dead,
     is_tensor,
     mutated_argument,
+    value,
 )
 from dsmoe_compiler.ir.passes import PassLog
 from dsmoe_compiler.passes.lift.state import argument
@@ -37,6 +38,7 @@ _REARRANGE = frozenset(
 )
 _WHOLE = 2**62  # a slice's stop at or past this means "to the end"
 _NOTHING = frozenset({aten.lift_fresh.default, aten.alias.default})
+_MOVES = frozenset({"index", "indices", "mask", "src", "source"})  # operators that take these compute nothing
 _DETACH = frozenset({aten.detach.default, aten.detach_.default})
 
 
@@ -129,11 +131,23 @@ def _insert_twin(graph: ProgramGraph, node: Node, twin: torch._ops.OpOverload, o
     with graph.graph.inserting_before(node):
         made = graph.graph.call_function(twin, node.args, node.kwargs)
         made.meta = dict(node.meta)
-        others = [a for a in node.all_input_nodes if a is not overwritten and is_tensor(a)]
-        if any(dtype(o) != dtype(overwritten) and dtype(o).is_floating_point for o in others):
+        if (promoted := _promoted(twin, node)) != dtype(overwritten):
+            made.meta["val"] = value(node).to(promoted)
             made = graph.graph.call_function(aten.to.dtype, (made, dtype(overwritten)))
             made.meta = dict(node.meta)
     return made
+
+
+def _promoted(twin: torch._ops.OpOverload, node: Node) -> torch.dtype:
+    """The dtype of what the twin computes; in place, the overwritten value keeps its own."""
+    own = value(node).dtype
+    if _MOVES & {a.name for a in twin._schema.arguments}:
+        return own  # type: ignore[no-any-return]
+    found = own
+    for other in node.args[1:]:
+        if isinstance(other, Node) and is_tensor(other):
+            found = torch.promote_types(found, torch.result_type(value(node), value(other)))
+    return found  # type: ignore[no-any-return]
 
 
 def _drop_copies(graph: ProgramGraph) -> int:

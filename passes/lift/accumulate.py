@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, shape, value
@@ -67,6 +68,9 @@ def index_put(lift: Lift, node: Node) -> Value | None:
     rows = lift.rows(written)
     if rows is None or not isinstance(rows.domain, OneExpert):
         return None
+    masks = [i for i in indices if i is not None and isinstance(lift.of(i), Mask)]
+    if any(dtype(mask) != torch.bool for mask in masks):
+        return None  # 0 and 1 are rows
     domain = _domain_at([lift.of(i) for i in indices], rows.domain)
     if domain == "tokens" and rows.domain.slots > 1:
         lift.visited.setdefault(rows.domain.ids, set()).add(rows.domain.expert)
@@ -179,6 +183,7 @@ def _added(lift: Lift, node: Node, domain: OneExpert, rows: Rows | None, written
     if isinstance(so_far, Filled) and so_far.number == 0:
         return PartialSum(domain.ids, domain.slots, (visit,), rows.width)
     if so_far is None or isinstance(so_far, (PartialSum, Combined, Filled)):
+        lift.require_unwritten(start)
         return PartialSum(domain.ids, domain.slots, (visit,), rows.width, start)
     return None
 

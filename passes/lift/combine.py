@@ -39,7 +39,7 @@ def sum_rows(lift: Lift, node: Node) -> Value | None:
     if isinstance(rows.domain, Everywhere):
         weighed = rows.lead == 2 and dims == [rows.domain.axis] and lift.terms.leaves(term, "pair")
         return Combined(rows.like(term)) if weighed else None
-    if rows.lead < 2 or dims != [rows.lead - 1]:
+    if not isinstance(rows.domain, Pairs) or rows.lead < 2 or dims != [rows.lead - 1]:
         return None
     return Combined(rows.like(term))
 

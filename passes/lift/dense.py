@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import aten, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape, value
 from dsmoe_compiler.passes.lift.discover import require_distinct
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, argument, operator_name
 from dsmoe_compiler.passes.lift.values import Everywhere, Filled, MultiHot, OneHot, Rows, Value
@@ -85,6 +85,8 @@ def sum_one_hot(lift: Lift, node: Node) -> Value | None:
         return None
     require_distinct(hot.ids)
     leaf = lift.pair(PairSource(hot.weight, hot.ids, fill=0.0))
+    if dtype(node) != dtype(hot.weight):
+        leaf = lift.terms.number("cast", (leaf,), (str(dtype(node)).removeprefix("torch."),))
     return Rows(Everywhere(hot.experts, 1), leaf, 2, ())
 
 

@@ -77,7 +77,10 @@ def integer_cast(lift: Lift, node: Node) -> Value | None:
     """A cast of routing integers keeps their meaning while it keeps their value."""
     found = lift.of(node.args[0])
     if isinstance(found, OneHot):
-        return found
+        source = node.args[0]
+        assert isinstance(source, Node)
+        exact = found.weight is None or torch.promote_types(dtype(source), dtype(node)) == dtype(node)
+        return found if exact else None
     if isinstance(found, (SortedIds, Counts, Offsets)):
         return found if dtype(node) in _EXACT else None
     if isinstance(found, (Permutation, InversePermutation, TokenOf, Range)):

@@ -23,6 +23,8 @@ def reroll(lift: Lift, slots: int, visits: Sequence[Visit]) -> int:
     Raises Unproven where the experts are not 0, 1, 2, … each once, or do not compute the same.
     """
     experts = sorted({v.expert for v in visits})
+    if experts[0] < 0:
+        raise Unproven("R302", f"a loop visits expert {experts[0]}, experts are numbered from 0")
     if experts != list(range(len(experts))):
         missing = next(e for e in range(experts[-1] + 1) if e not in experts)
         raise Unproven("R302", f"expert {missing} is left out of a loop that visits expert {experts[-1]}")

@@ -247,10 +247,10 @@ class Lift:
             return False
         if not isinstance(self.of(node), (Combined, PartialSum, DenseSum, NoneType)):
             return False
-        self._require_unwritten(node)
+        self.require_unwritten(node)
         return True
 
-    def _require_unwritten(self, node: Node) -> None:
+    def require_unwritten(self, node: Node) -> None:
         if self.overwritten and alias_root(node) in self.overwritten:
             raise Unproven("R408", f"the layer reads %{node.name}, which is overwritten in place")
 
@@ -260,13 +260,17 @@ class Lift:
         return self.terms.number("token", (), (node.name,))
 
     def pair(self, source: PairSource) -> int:
-        """The leaf v[pair]."""
-        self.sources[source.node.name] = source
-        return self.terms.number("pair", (), (source.node.name,))
+        """The leaf v[pair]: one for each way to read a value, as it may be read at several ids."""
+        name = source.node.name
+        if source.ids is not None:
+            name += f"[:, {source.ids.name}]" if source.matrix else f" of {source.ids.name}"
+            name += f"{' where chosen' * source.mask}, else {source.fill}"
+        self.sources[name] = source
+        return self.terms.number("pair", (), (name,))
 
     def expert(self, parameter: Node) -> int:
         """The leaf P[expert], P being the whole parameter, E first."""
-        self._require_unwritten(parameter)
+        self.require_unwritten(parameter)
         self.params[parameter.name] = parameter
         return self.terms.number("expert", (), (parameter.name,))
 
@@ -316,7 +320,7 @@ class Lift:
             return None
         static = tuple(int(s) for s in sizes)
         if self.graph.parameter(node) is not None:
-            self._require_unwritten(node)
+            self.require_unwritten(node)
             self.own[node.name] = node
             return self.terms.number("own", (), (node.name,)), static, flipped
         return self._entry(node, expert, static, flipped)
@@ -364,7 +368,7 @@ class Lift:
         """(ids (…, K), K) under integers of any shape; K is the static size of the ids' last dimension."""
         if not _holds_ids(node) or self.of(node) is not None:
             return None
-        self._require_unwritten(node)
+        self.require_unwritten(node)
         while node.op == "call_function":
             below = node.args[0] if node.args else None
             if not isinstance(below, Node) or not _holds_ids(below):
