@@ -1,0 +1,465 @@
+"""Rules of capacity dispatch: experts with a fixed number of slots, pairs put into them by one-hots.
+
+    dispatch (T, E, C) = Σ_k hot(expert) · hot(place)         who sits where
+    rows     (E, C, D) = einsum("tec,td->ecd", dispatch, x)   each slot holds one pair's token, or nothing
+    out      (T, D)    = einsum("tec,ecd->td", combine, rows) each pair's row times its weight
+
+A slot that two pairs shared would hold the sum of their tokens: so the pairs must be proven to sit apart.
+What nobody sits in is computed and never read. The order in which places were given does not matter, nor
+which pairs found none: the masks that say so are the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import sympy
+import torch
+from torch.fx import Node
+
+from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift.kept import chain, descends, limits_of, pairs_kept, restrict
+from dsmoe_compiler.passes.lift.queue import renamed
+from dsmoe_compiler.passes.lift.reroll import reroll
+from dsmoe_compiler.passes.lift.signs import never_below_zero
+from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, argument, operator_name
+from dsmoe_compiler.passes.lift.values import (
+    Capacity,
+    Combined,
+    Dispatch,
+    Flags,
+    KeptWeights,
+    Limit,
+    OneExpert,
+    OneHot,
+    Pairs,
+    Parts,
+    PlaceHot,
+    Queue,
+    Rows,
+    Value,
+    Visit,
+    Within,
+)
+
+# -- who sits where ------------------------------------------------------------------------------------------
+
+
+def einsum(lift: Lift, node: Node) -> Value | None:
+    """einsum("tke,tkc->tec", hot, place hot), with the pairs' weights or without; then what it is for."""
+    inputs, arrow, out = str(argument(node, "equation")).replace(" ", "").partition("->")
+    names, operands = inputs.split(","), argument(node, "tensors")
+    if not arrow or any(len(set(n)) != len(n) for n in (*names, out)):
+        return None
+    if len(operands) == 2 and (found := _applied(lift, node, operands, names, out)) is not None:
+        return found
+    return _product(lift, node, operands, names, out)
+
+
+def multiply(lift: Lift, node: Node) -> Value | None:
+    """hot (T, K, E, 1) * place hot (T, K, 1, C), and the like, with or without the pairs' weights."""
+    letters = [_letters_of(lift, a, broadcasts=True) for a in node.args[:2]]
+    if None in letters or not any(isinstance(lift.of(a), (OneHot, PlaceHot)) for a in node.args[:2]):
+        return None
+    rank = len(shape(node))
+    padded = [str(axes).rjust(rank, "1") for axes in letters]
+    if any(len(axes) != rank for axes in padded):
+        return None
+    out = "".join(a if b == "1" else b for a, b in zip(*padded, strict=True))
+    if any(a not in ("1", b) for axes in padded for a, b in zip(axes, out, strict=True)):
+        return None
+    return _of_factors(lift, node, list(node.args[:2]), out)
+
+
+def contract(lift: Lift, node: Node) -> Value | None:
+    """hot (T, E, K) @ place hot (T, K, C)."""
+    left, right = (_letters_of(lift, a) for a in node.args[:2])
+    if left is None or right is None or len(left) != 3 or left[0] != right[0] or left[2] != right[1]:
+        return None
+    return _of_factors(lift, node, list(node.args[:2]), left[:2] + right[2]) if left[2] == "K" else None
+
+
+def _product(
+    lift: Lift, node: Node, operands: Sequence[Node], names: Sequence[str], out: str
+) -> Value | None:
+    """One-hots and weights multiplied, summed over the slots perhaps."""
+    known: dict[str, str] = {}
+    for operand, name in zip(operands, names, strict=True):
+        axes = _letters_of(lift, operand)
+        if axes is None or len(axes) != len(name):
+            return None
+        for letter, axis in zip(name, axes, strict=True):
+            if axis == "1" or known.setdefault(letter, axis) != axis:
+                return None
+    if len(set(known.values())) != len(known) or any(letter not in known for letter in out):
+        return None
+    if {known[a] for a in set(known) - set(out)} - {"K"}:
+        return None
+    return _of_factors(lift, node, operands, "".join(known[a] for a in out))
+
+
+def _letters_of(lift: Lift, node: object, broadcasts: bool = False) -> str | None:
+    """The names of a factor's dimensions; where it broadcasts, those of size 1 have no other."""
+    found = lift.of(node)
+    if isinstance(found, (OneHot, PlaceHot, Flags, Within, KeptWeights)):
+        return found.axes
+    if not isinstance(node, Node) or not is_tensor(node) or not value(node).is_floating_point():
+        return None
+    added = 0
+    while operator_name(node) == "aten::unsqueeze" and argument(node, "dim") in (-1, len(shape(node)) - 1):
+        below = node.args[0]
+        assert isinstance(below, Node)
+        node, added = below, added + 1
+    rank = len(shape(node))
+    names = "T1" if broadcasts and rank == 2 and same_size(shape(node)[1], 1) else "TK"[:rank]
+    return names + "1" * added if rank in (1, 2) and lift.opaque(node) else None
+
+
+def _of_factors(lift: Lift, node: Node, factors: Sequence[object], axes: str) -> Value | None:
+    """The product of one-hots of experts and places, masks and weights, all of them of the same pairs."""
+    found = [lift.of(f) for f in factors]
+    hots = [f for f in found if isinstance(f, OneHot)]
+    seated = [f for f in found if isinstance(f, PlaceHot)]
+    places = [h.place for h in hots if h.place is not None] + [f.place for f in seated]
+    if not hots or any(h.hidden for h in hots) or len(places) > 1 or "E" not in axes:
+        return None
+    if ("C" in axes) != bool(places) or any(isinstance(f, Within) for f in found):
+        return None
+    of = [f.ids for f in found if isinstance(f, (OneHot, Flags, KeptWeights))]
+    ids = max(of, key=lambda i: len(list(chain(lift, i))))
+    if not all(descends(lift, ids, i) for i in of):
+        return None
+    if seated:
+        kept = _seated(lift, ids, seated[0])
+        if kept is None:
+            return None
+        ids = kept
+    weights = [_weight(f, v) for f, v in zip(factors, found, strict=True)]
+    weight = _times(lift, node, [w for w in weights if w is not None], ids)
+    if weight is None and any(weights):
+        return None
+    return OneHot(ids, hots[0].experts, weight, axes, places[0] if places else None)
+
+
+def _weight(factor: object, found: Value | None) -> Node | None:
+    """The number a pair, if a factor has one."""
+    if isinstance(found, (OneHot, KeptWeights)):
+        return found.weight
+    if found is not None or not isinstance(factor, Node):
+        return None
+    while operator_name(factor) == "aten::unsqueeze":
+        below = factor.args[0]
+        assert isinstance(below, Node)
+        factor = below
+    return factor
+
+
+def _times(lift: Lift, node: Node, weights: list[Node], ids: Node) -> Node | None:
+    """The product of the pairs' weights as a value of the graph; None where they are none a pair."""
+    weights = [_without_slot(lift, w, ids) for w in weights]
+    if not weights or any(not _same(w, ids) or dtype(w) != dtype(node) for w in weights):
+        return None
+    product, *rest = weights
+    for other in rest:
+        product = lift.make(node, aten.mul.Tensor, (product, other), value(product), (product, other))
+    return product
+
+
+def _without_slot(lift: Lift, weight: Node, ids: Node) -> Node:
+    """Weights (T, 1) as (T,) where there is one id a token."""
+    if len(shape(ids)) != 1 or len(shape(weight)) != 2 or not same_size(shape(weight)[1], 1):
+        return weight
+    return lift.make(weight, aten.squeeze.dim, (weight, 1), value(weight)[:, 0], (weight,))
+
+
+def _seated(lift: Lift, ids: Node, hot: PlaceHot) -> Node | None:
+    """The ids without the pairs whose place is none of the classes."""
+    queue, most = hot.place.queue, hot.place.most
+    bounds = [most] if most is not None else [x.most for x in limits_of(lift, ids) if _of_queue(x, queue)]
+    if queue.start >= 0 and any(_at_most(bound, hot.classes - 1) for bound in bounds):
+        return ids
+    kept = pairs_kept(lift, hot.node, hot.axes, ids)
+    return None if kept is None else restrict(lift, ids, kept, frozenset(), hot.node)
+
+
+def _of_queue(limit: Limit, queue: Queue) -> bool:
+    return (limit.ids, limit.start, limit.before) == (queue.ids, queue.start, queue.before)
+
+
+def _at_most(small: sympy.Expr, large: sympy.Expr) -> bool:
+    return bool(sympy.expand(large - small).is_nonnegative)
+
+
+def over_slots(lift: Lift, node: Node) -> Value | None:
+    """(T, K, E, C) summed over the slots."""
+    hot = lift.of(node.args[0])
+    if not isinstance(hot, OneHot) or hot.place is None or hot.hidden or argument(node, "dtype") is not None:
+        return None
+    dims, keep = argument(node, "dim"), argument(node, "keepdim")
+    summed = [hot.axes[d % len(hot.axes)] for d in dims or []]
+    return replace(hot, axes=hot.axes.replace("K", "")) if summed == ["K"] and not keep else None
+
+
+def not_zero(lift: Lift, node: Node) -> Value | None:
+    """combine > 0, combine != 0, combine.bool(): the dispatch, but for pairs of weight 0."""
+    found = lift.of(node.args[0])
+    if isinstance(found, Dispatch):
+        parts = [_not_zero(lift, node, part) for part in found.parts]
+        return None if None in parts else Dispatch(tuple(p for p in parts if p is not None))
+    return _not_zero(lift, node, found) if isinstance(found, OneHot) else None
+
+
+def _not_zero(lift: Lift, node: Node, hot: OneHot) -> OneHot | None:
+    compares = operator_name(node) in ("aten::gt", "aten::ne")
+    if hot.place is None or (compares and node.args[1] != 0) or hot.hidden is not None:
+        return None
+    if not compares and dtype(node) is not torch.bool:
+        return None
+    signed = hot.weight is not None and not never_below_zero(hot.weight)
+    if operator_name(node) == "aten::gt" and signed:
+        raise Unproven("R409", "pairs of negative weight are not dispatched, and are combined nevertheless")
+    return replace(hot, weight=None, hidden=hot.weight)
+
+
+def cast(lift: Lift, node: Node) -> Value | None:
+    """One-hots with places in another type, their weights in it."""
+    found = lift.of(node.args[0])
+    parts = found.parts if isinstance(found, Dispatch) else (found,) if isinstance(found, OneHot) else ()
+    if not parts or any(p.weight is not None for p in parts):
+        return None if not parts or not value(node).is_floating_point() else _cast_weights(lift, node, found)
+    return found
+
+
+def _cast_weights(lift: Lift, node: Node, found: Value | None) -> Value | None:
+    if isinstance(found, Dispatch):
+        parts = [_cast_weights(lift, node, part) for part in found.parts]
+        return Dispatch(tuple(p for p in parts if isinstance(p, OneHot)))
+    assert isinstance(found, OneHot)
+    if found.weight is None or dtype(found.weight) == dtype(node):
+        return found
+    weight = lift.make(
+        node, aten.to.dtype, (found.weight, dtype(node)), value(found.weight).to(dtype(node)), (found.weight,)
+    )
+    return replace(found, weight=weight)
+
+
+def add(lift: Lift, node: Node) -> Value | None:
+    """The one-hots of one slot's pairs plus those of another's."""
+    if argument(node, "alpha", 1) != 1:
+        return None
+    parts = list[OneHot]()
+    for operand in node.args[:2]:
+        found = lift.of(operand)
+        own = found.parts if isinstance(found, Dispatch) else (found,)
+        parts += [p for p in own if isinstance(p, OneHot) and p.place is not None and not p.hidden]
+        if not isinstance(operand, Node) or not _same(operand, node):
+            return None
+    one_each = len({p.ids for p in parts}) == len(parts) >= 2
+    return Dispatch(tuple(parts)) if one_each and len({p.axes for p in parts}) == 1 else None
+
+
+def rename(lift: Lift, node: Node) -> Value | None:
+    """The dimensions of a sum of one-hots in another order."""
+    found = lift.of(node.args[0])
+    if not isinstance(found, Dispatch):
+        return None
+    axes = renamed(node, found.parts[0].axes)
+    return None if axes is None else Dispatch(tuple(replace(p, axes=axes) for p in found.parts))
+
+
+# -- what sits there -----------------------------------------------------------------------------------------
+
+
+def _seats(lift: Lift, node: object) -> tuple[OneHot, ...]:
+    """The one-hots of a (T, E, C) value, in any order of dimensions; () if it is none."""
+    found = lift.of(node)
+    parts = found.parts if isinstance(found, Dispatch) else (found,) if isinstance(found, OneHot) else ()
+    return parts if all(p.place is not None and sorted(p.axes) == ["C", "E", "T"] for p in parts) else ()
+
+
+def _applied(
+    lift: Lift, node: Node, operands: Sequence[Node], names: Sequence[str], out: str
+) -> Value | None:
+    """A dispatch or combine applied to tokens or rows."""
+    for at, other in ((0, 1), (1, 0)):
+        parts = _seats(lift, operands[at])
+        if not parts:
+            continue
+        letters = dict(zip(parts[0].axes, names[at], strict=True))
+        t, e, c, rest = letters["T"], letters["E"], letters["C"], names[other]
+        if len(rest) == 2 and rest[0] == t and sorted(out) == sorted(e + c + rest[1]) and out[2] == rest[1]:
+            return _dispatched(lift, node, parts, operands[other], out.index(e))
+        rows = lift.rows(operands[other])
+        if rows is not None and isinstance(rows.domain, Capacity) and len(rest) == 3 and rows.lead == 2:
+            own = (rest[rows.domain.axis], rest[1 - rows.domain.axis]) == (e, c)
+            return _combined(lift, node, parts, rows) if own and out == t + rest[2] else None
+    return None
+
+
+def _dispatched(lift: Lift, node: Node, parts: tuple[OneHot, ...], x: Node, axis: int) -> Value | None:
+    if any(p.weight is not None for p in parts) or not lift.opaque(x) or len(shape(x)) != 2:
+        return None
+    width = shape(x)[1]
+    if not isinstance(width, int) or not value(x).is_floating_point():
+        return None
+    _require_apart(lift, parts)
+    ids = _joint(lift, node, [p.ids for p in parts])
+    root = None if ids is None else lift.ids_root(ids)
+    if ids is None or root is None:
+        return None
+    domain = Capacity(parts[0].experts, axis, ids, root[1], parts)
+    return Rows(domain, lift.token(x), 2, (width,))
+
+
+def _require_apart(lift: Lift, parts: tuple[OneHot, ...]) -> None:
+    """Prove that no two pairs sit in one slot. Raises Unproven."""
+    for part in parts:
+        place = part.place
+        assert place is not None
+        if not descends(lift, part.ids, place.of):
+            raise Unproven("R409", "pairs sit at places that were counted for other pairs")
+        known = [x.most for x in limits_of(lift, part.ids) if _of_queue(x, place.queue)]
+        if place.most is not None and not any(_at_most(most, place.most) for most in known):
+            because = "places past the capacity become the last one, and their pairs are dispatched, too"
+            raise Unproven("R409", because)
+    for i, a in enumerate(parts):
+        for b in parts[i + 1 :]:
+            if not _after(lift, a, b) and not _after(lift, b, a):
+                raise Unproven("R409", "pairs of two slots may sit in one place: neither counts the other's")
+
+
+def _after(lift: Lift, first: OneHot, second: OneHot) -> bool:
+    """Whether the second's queue starts where the first's ends."""
+    assert first.place is not None and second.place is not None
+    a, b = first.place.queue, second.place.queue
+    before = list(b.before)
+    for ids in a.before:
+        if ids not in before:
+            return False
+        before.remove(ids)
+    counted = [c for c in before if descends(lift, first.ids, c) and _front_of(lift, c, a)]
+    return a.start == b.start and bool(counted)
+
+
+def _front_of(lift: Lift, ids: Node, queue: Queue) -> bool:
+    """Whether `ids` keep the first pairs of every expert's queue, all of them or up to a limit."""
+    steps = list(chain(lift, ids))
+    if queue.ids not in steps:
+        return False
+    dropped = [lift.kept[i] for i in steps[: steps.index(queue.ids)]]
+    return all(k.first and all(_of_queue(x, queue) for x in k.limits) for k in dropped)
+
+
+def _joint(lift: Lift, near: Node, parts: Sequence[Node]) -> Node | None:
+    """Values of one slot each as one of all slots."""
+    if len(parts) == 1:
+        return parts[0]
+    if any(len(shape(p)) != 1 or dtype(p) != dtype(parts[0]) for p in parts):
+        return None
+    like = value(parts[0]).new_empty((shape(parts[0])[0], len(parts)))
+    return lift.make(near, aten.stack.default, (list(parts), -1), like, tuple(parts))
+
+
+def _combined(lift: Lift, node: Node, parts: tuple[OneHot, ...], rows: Rows) -> Value | None:
+    """Each pair's row, read where it sits, times its weight."""
+    domain = rows.domain
+    assert isinstance(domain, Capacity)
+    for part in parts:
+        seats = [s for s in domain.parts if s.place == part.place and descends(lift, part.ids, s.ids)]
+        if not seats:
+            raise Unproven("R409", "rows are combined from capacity slots that their pairs were not put in")
+        if seats[0].hidden is not None and seats[0].hidden is not part.weight:
+            raise Unproven("R409", "pairs are dispatched where one weight is not 0, and combined by another")
+    ids = _joint(lift, node, [p.ids for p in parts])
+    weights = [p.weight for p in parts if p.weight is not None]
+    if ids is None or len(weights) not in (0, len(parts)) or len(rows.trail) != 1:
+        return None
+    term = rows.term
+    if weights:
+        weight = _joint(lift, node, weights)
+        if weight is None or dtype(weight) != dtype(node):
+            return None
+        term = lift.terms.number("mul", (term, lift.pair(PairSource(weight))))
+    root = lift.ids_root(ids)
+    if root is None:
+        return None
+    hidden = tuple(s.hidden for s in domain.parts if s.hidden is not None)
+    found = Rows(Pairs(*root), term, 1, rows.trail)
+    return Combined(found, visited=domain.experts, nonnegative=hidden)
+
+
+def of_expert(lift: Lift, node: Node) -> Value | None:
+    """rows[e], and all of them by unbind, chunk or split: the slots of one expert."""
+    rows = lift.rows(node.args[0])
+    if rows is None or not isinstance(rows.domain, Capacity) or rows.lead != 2:
+        return None
+    if argument(node, "dim") % (2 + len(rows.trail)) != rows.domain.axis:
+        return None
+    experts = rows.domain.experts
+    own = [_slots_of(rows, e, 1) for e in range(experts)]
+    if operator_name(node) == "aten::select":
+        index: int = argument(node, "index")
+        return own[index]
+    if operator_name(node) == "aten::unbind":
+        return Parts(tuple(own))
+    ones = [same_size(part.shape[rows.domain.axis], 1) for part in value(node)]
+    if rows.domain.axis != 0 or len(ones) != experts or not all(ones):
+        return None
+    return Parts(tuple(_slots_of(rows, e, 2) for e in range(experts)))
+
+
+def _slots_of(rows: Rows, expert: int, lead: int) -> Rows:
+    assert isinstance(rows.domain, Capacity)
+    domain = OneExpert(rows.domain.ids, rows.domain.slots, expert, rows.domain)
+    return Rows(domain, rows.term, lead, rows.trail)
+
+
+def together(lift: Lift, node: Node) -> Value | None:
+    """stack or cat of the slots of all experts."""
+    parts = [lift.rows(part) for part in argument(node, "tensors")]
+    first, dim = parts[0] if parts else None, argument(node, "dim")
+    if first is None or not isinstance(first.domain, OneExpert):
+        return None
+    capacity = first.domain.order
+    if not isinstance(capacity, Capacity) or len(parts) != capacity.experts:
+        return None
+    stacks = operator_name(node) == "aten::stack"
+    if dim not in ((0, 1) if stacks else (0,)) or first.lead != (1 if stacks else 2):
+        return None
+    visits = list[Visit]()
+    for e, part in enumerate(parts):
+        if part is None or part.domain != replace(first.domain, expert=e):
+            return None
+        if (part.lead, part.trail) != (first.lead, first.trail):
+            return None
+        visits.append(Visit(e, part.term))
+    term = reroll(lift, 1, visits)
+    return Rows(replace(capacity, axis=dim), term, 2, first.trail)
+
+
+def _same(a: Node, b: Node) -> bool:
+    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "aten::einsum": (einsum,),
+    "aten::mul": (multiply,),
+    "aten::bmm": (contract,),
+    "aten::matmul": (contract,),
+    "aten::sum": (over_slots,),
+    "aten::gt": (not_zero,),
+    "aten::ne": (not_zero,),
+    "aten::to": (not_zero, cast),
+    "aten::_to_copy": (not_zero, cast),
+    "aten::type_as": (cast,),
+    "aten::add": (add,),
+    "aten::permute": (rename,),
+    "aten::transpose": (rename,),
+    "aten::select": (of_expert,),
+    "aten::unbind": (of_expert,),
+    "aten::chunk": (of_expert,),
+    "aten::split": (of_expert,),
+    "aten::stack": (together,),
+    "aten::cat": (together,),
+}

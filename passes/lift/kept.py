@@ -1,0 +1,251 @@
+"""Rules of masks that keep some of the chosen pairs: those that find room, tokens that are no padding.
+
+hot * mask                the one-hot of where(kept, ids, -1)
+(hot * mask).sum(-1)      1 for the pairs that are kept
+w * kept                  weights, 0 for the pairs that are not kept
+
+The ids with −1 where the pair is dropped become a value of the graph, so that every other rule reads them as
+it reads any ids. The masks themselves stay what the model computes: nothing needs to be known of them but
+that they hold 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+from torch.fx.node import Argument
+
+from dsmoe_compiler.ir.graph import (
+    CASTS,
+    COPIES,
+    VIEWS,
+    Size,
+    ancestors,
+    aten,
+    dtype,
+    is_tensor,
+    same_size,
+    shape,
+    value,
+)
+from dsmoe_compiler.passes.lift.axes import order_of, pair_axes
+from dsmoe_compiler.passes.lift.state import Lift, Rule, argument, operator_name
+from dsmoe_compiler.passes.lift.values import (
+    Filled,
+    Flags,
+    Kept,
+    KeptWeights,
+    Limit,
+    Mask,
+    OneHot,
+    Outside,
+    Value,
+    Within,
+)
+
+_REARRANGE = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("unsqueeze", "squeeze", "expand", "expand_as", "transpose", "permute", "t", "repeat", "select"),
+    )
+)
+_AND = ("aten::mul", "aten::logical_and", "aten::bitwise_and")
+
+
+def chain(lift: Lift, ids: Node) -> Iterator[Node]:
+    """The ids, what they were made of by dropping pairs, and so on."""
+    yield ids
+    while ids in lift.kept:
+        ids = lift.kept[ids].parent
+        yield ids
+
+
+def origin(lift: Lift, ids: Node) -> Node:
+    """The ids before any pair was dropped."""
+    *_, first = chain(lift, ids)
+    return first
+
+
+def descends(lift: Lift, ids: Node, parent: Node) -> bool:
+    """Whether `ids` are `parent`, some pairs dropped or none."""
+    return parent in chain(lift, ids)
+
+
+def limits_of(lift: Lift, ids: Node) -> frozenset[Limit]:
+    """What is known of the places of all pairs that are left."""
+    return frozenset(limit for at in chain(lift, ids) if at in lift.kept for limit in lift.kept[at].limits)
+
+
+def keeps(lift: Lift, node: object) -> bool:
+    """Whether a value holds nothing but 0 and 1."""
+    while isinstance(node, Node) and is_tensor(node):
+        found = lift.of(node)
+        hot = isinstance(found, OneHot) and found.weight is None
+        if hot or isinstance(found, (Within, Flags, Mask, Outside)) or value(node).dtype is torch.bool:
+            return True
+        name = operator_name(node) if node.op == "call_function" else ""
+        if name in _AND:
+            return all(keeps(lift, a) for a in node.args[:2])
+        if node.target not in CASTS | COPIES | VIEWS and name not in _REARRANGE:
+            return False
+        node = node.args[0]
+    return False
+
+
+def restrict(lift: Lift, ids: Node, kept: Node, limits: frozenset[Limit], made_of: Node) -> Node:
+    """where(kept, ids, -1) as a value of the graph: `kept`, of the ids' shape, was made of `made_of`."""
+    sources = (ids,) if origin(lift, ids) in ancestors([made_of]) else (ids, made_of)
+    made = lift.make(kept, aten.where.ScalarOther, (kept, ids, -1), value(ids), sources)
+    lift.kept[made] = Kept(ids, limits, first=isinstance(lift.of(made_of), Within) and bool(limits))
+    return made
+
+
+def pairs_kept(lift: Lift, node: Node, axes: str, ids: Node) -> Node | None:
+    """A truth a pair, of the ids' shape: whether `node` holds anything but 0 for it along E and C."""
+    left, at = axes, node
+    for letter in "EC":
+        if letter in left:
+            dim = left.index(letter)
+            left = left.replace(letter, "")
+            at = _truth(lift, at, aten.any.dim, (at, dim), (*shape(at)[:dim], *shape(at)[dim + 1 :]))
+    if value(at).dtype is not torch.bool:
+        at = _truth(lift, at, aten.ne.Scalar, (at, 0), shape(at))
+    if left == "Q":
+        slots = shape(ids)[-1]
+        at = _truth(lift, at, aten.reshape.default, (at, [slots, -1]), (slots, *shape(ids)[:-1]))
+        left = "KT"
+    if left == "KT":
+        at = _truth(lift, at, aten.transpose.int, (at, 0, 1), (shape(at)[1], shape(at)[0]))
+        left = "TK"
+    if left == pair_axes(ids):
+        return at
+    if order_of(left, ids) not in ("TK", "P", order_of(pair_axes(ids), ids)):
+        return None
+    return _truth(lift, at, aten.reshape_as.default, (at, ids), shape(ids))
+
+
+def _truth(
+    lift: Lift, after: Node, op: torch._ops.OpOverload, args: tuple[Argument, ...], sizes: tuple[Size, ...]
+) -> Node:
+    return lift.make(after, op, args, value(after).new_empty(sizes, dtype=torch.bool), (after,))
+
+
+def keep(lift: Lift, node: Node) -> Value | None:
+    """hot * mask, hot & mask."""
+    for hot_at, mask_at in ((0, 1), (1, 0)):
+        hot, mask = lift.of(node.args[hot_at]), node.args[mask_at]
+        if not isinstance(hot, OneHot) or hot.weight is not None or hot.hidden is not None:
+            continue
+        source = node.args[hot_at]
+        assert isinstance(source, Node)
+        if not keeps(lift, mask) or not _same(node, source):
+            continue
+        assert isinstance(mask, Node)
+        kept = pairs_kept(lift, node, hot.axes, hot.ids)
+        if kept is None:
+            return None
+        ids = restrict(lift, hot.ids, kept, _limits(lift, mask, hot), mask)
+        return replace(hot, ids=ids)
+    return None
+
+
+def _limits(lift: Lift, mask: Node, hot: OneHot) -> frozenset[Limit]:
+    """What a mask says of the places of the pairs it keeps, where its dimensions are those of the one-hot."""
+    found = lift.of(mask)
+    if not isinstance(found, (Within, Flags)) or not aligned(found.axes, hot.axes):
+        return frozenset()
+    if isinstance(found, Flags):
+        same = origin(lift, found.ids) is origin(lift, hot.ids)
+        return limits_of(lift, found.ids) if same else frozenset()
+    return frozenset({found.limit}) if descends(lift, hot.ids, found.of) else frozenset()
+
+
+def aligned(small: str, large: str) -> bool:
+    """Whether a value of dimensions `small` broadcasts over `large` along dimensions of its own names."""
+    padded = small.rjust(len(large), "1")
+    return len(small) <= len(large) and all(a in ("1", b) for a, b in zip(padded, large, strict=True))
+
+
+def flags(lift: Lift, node: Node) -> Value | None:
+    """(hot * mask).sum over the experts: 1 for the pairs that are kept."""
+    hot = lift.of(node.args[0])
+    if not isinstance(hot, OneHot) or hot.weight is not None or hot.place is not None or "E" not in hot.axes:
+        return None
+    dims = argument(node, "dim")
+    dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+    rank = len(hot.axes)
+    if [d % rank for d in dims if isinstance(d, int)] != [hot.axes.index("E")]:
+        return None
+    return Flags(hot.ids, hot.axes.replace("E", "1" if argument(node, "keepdim") else ""))
+
+
+def keep_weights(lift: Lift, node: Node) -> Value | None:
+    """w * kept, one number a pair each."""
+    for weight_at, mask_at in ((0, 1), (1, 0)):
+        weight, mask = node.args[weight_at], node.args[mask_at]
+        found = lift.of(mask)
+        if not isinstance(found, (Flags, Within)) or not is_tensor(weight) or "E" in found.axes:
+            continue
+        assert isinstance(weight, Node) and isinstance(mask, Node)
+        if not value(weight).is_floating_point() or not lift.opaque(weight):
+            continue
+        if not _same(node, weight) or not _same(node, mask):
+            continue
+        return _kept_weights(lift, weight, mask, found)
+    return None
+
+
+def select_weights(lift: Lift, node: Node) -> Value | None:
+    """where(kept, w, 0)."""
+    if len(node.args) != 3:
+        return None
+    mask, weight, other = node.args
+    found, zero = lift.of(mask), lift.of(other)
+    if other != 0 and not (isinstance(zero, Filled) and zero.number == 0):
+        return None
+    if not isinstance(found, (Flags, Within)) or "E" in found.axes or not is_tensor(weight):
+        return None
+    assert isinstance(weight, Node) and isinstance(mask, Node)
+    if not value(weight).is_floating_point() or not lift.opaque(weight) or not _same(weight, mask):
+        return None
+    return _kept_weights(lift, weight, mask, found) if _same(node, weight) else None
+
+
+def _kept_weights(lift: Lift, weight: Node, mask: Node, found: Flags | Within) -> Value | None:
+    if isinstance(found, Flags):
+        return KeptWeights(found.ids, weight, found.axes)
+    kept = pairs_kept(lift, mask, found.axes, found.of)
+    if kept is None:
+        return None
+    ids = restrict(lift, found.of, kept, frozenset({found.limit}), mask)
+    return KeptWeights(ids, weight, found.axes)
+
+
+def cast_weights(lift: Lift, node: Node) -> Value | None:
+    """Such weights in another floating type."""
+    found = lift.of(node.args[0])
+    if not isinstance(found, KeptWeights) or not value(node).is_floating_point():
+        return None
+    cast = value(found.weight).to(dtype(node))
+    weight = lift.make(node, aten.to.dtype, (found.weight, dtype(node)), cast, (found.weight,))
+    return replace(found, weight=weight)
+
+
+def _same(a: Node, b: Node) -> bool:
+    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "aten::mul": (keep, keep_weights),
+    "aten::logical_and": (keep,),
+    "aten::bitwise_and": (keep,),
+    "aten::where": (select_weights,),
+    "aten::sum": (flags,),
+    "aten::any": (flags,),
+    "aten::amax": (flags,),
+    "aten::to": (cast_weights,),
+    "aten::_to_copy": (cast_weights,),
+}

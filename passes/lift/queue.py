@@ -1,0 +1,329 @@
+"""Rules of queues: each pair's place among those that chose its expert, which decides who finds room.
+
+hot.cumsum(0) - 1                          places, starting at 0, in any order of the pairs
+(places * hot).sum(-1), places.gather      each pair's own
+places + hot of other slots .sum(0)        after all pairs of those
+places < capacity                          a mask of the pairs that find room
+one_hot(places, capacity)                  1 at each pair's place
+
+No two pairs have the same place with the same expert, whatever order they were counted in: that is all the
+dispatch needs, and what every rule here keeps true.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import sympy
+import torch
+from torch.fx import Node
+
+from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift.axes import pair_axes
+from dsmoe_compiler.passes.lift.kept import descends, keeps, pairs_kept, restrict
+from dsmoe_compiler.passes.lift.state import Lift, Rule, argument, operator_name
+from dsmoe_compiler.passes.lift.values import (
+    Flags,
+    KeptWeights,
+    Limit,
+    OneHot,
+    OwnPlaces,
+    Parts,
+    Place,
+    PlaceHot,
+    Queue,
+    Range,
+    Totals,
+    Value,
+    Within,
+)
+
+# Places are counted without error in these; half stops at 2048, bfloat16 at 256.
+_EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
+
+
+def count_up(lift: Lift, node: Node) -> Value | None:
+    """cumsum of a one-hot along its pairs."""
+    hot = lift.of(node.args[0])
+    if not _is_plain(hot) or dtype(node) not in _EXACT:
+        return None
+    assert isinstance(hot, OneHot)
+    dim, pairs = argument(node, "dim") % len(hot.axes), _pair_letters(hot)
+    return Queue(hot.ids, hot.experts, hot.axes, 1) if pairs and pairs == hot.axes[dim] else None
+
+
+def _is_plain(found: Value | None) -> bool:
+    """A one-hot of experts alone."""
+    return isinstance(found, OneHot) and found.weight is None and found.place is None and "E" in found.axes
+
+
+def _pair_letters(hot: OneHot) -> str:
+    """The one dimension along which all pairs lie, "" where there are several or they are not all."""
+    left = hot.axes.replace("E", "").replace("1", "")
+    if same_size(shape(hot.ids)[-1], 1) and pair_axes(hot.ids).endswith("K"):
+        left = left.replace("K", "")
+    single = "K" not in pair_axes(hot.ids) or same_size(shape(hot.ids)[-1], 1)
+    return left if left in ("P", "Q") or (left == "T" and single) else ""
+
+
+def totals(lift: Lift, node: Node) -> Value | None:
+    """hot.sum(0, keepdim=True): how many pairs chose each expert, as a row."""
+    hot = lift.of(node.args[0])
+    if not _is_plain(hot) or dtype(node) not in _EXACT or not argument(node, "keepdim"):
+        return None
+    assert isinstance(hot, OneHot)
+    dims, pairs = argument(node, "dim"), _pair_letters(hot)
+    counted = [hot.axes[d % len(hot.axes)] for d in dims or []]
+    return Totals(hot.ids) if counted == [pairs] and hot.axes == pairs + "E" else None
+
+
+def shift(lift: Lift, node: Node) -> Value | None:
+    """Places plus or minus a number, minus the one-hot, plus how many chose the expert in other slots."""
+    left, right = node.args[0], node.args[1]
+    found, sign = lift.of(left), -1 if operator_name(node) == "aten::sub" else 1
+    if not isinstance(found, (Queue, Place)) and sign == 1:
+        left, right = right, left
+        found = lift.of(left)
+    if not isinstance(found, (Queue, Place)) or argument(node, "alpha", 1) != 1 or dtype(node) not in _EXACT:
+        return None
+    if isinstance(right, int) and not isinstance(right, bool):
+        return _moved(found, sign * right)
+    other = lift.of(right)
+    if not isinstance(found, Queue) or not isinstance(left, Node) or not _same(node, left):
+        return None
+    if isinstance(other, OneHot) and _is_plain(other) and (other.ids, other.axes) == (found.ids, found.axes):
+        return _moved(found, sign)
+    if isinstance(other, Totals) and sign == 1 and found.axes.endswith("E"):
+        return replace(found, before=(*found.before, other.ids))
+    return None
+
+
+def _moved(found: Queue | Place, by: int) -> Queue | Place:
+    if isinstance(found, Queue):
+        return replace(found, start=found.start + by)
+    most = None if found.most is None else found.most + by
+    return replace(found, queue=replace(found.queue, start=found.queue.start + by), most=most)
+
+
+def own_places(lift: Lift, node: Node) -> Value | None:
+    """places * hot."""
+    for queue_at, hot_at in ((0, 1), (1, 0)):
+        queue, hot = lift.of(node.args[queue_at]), lift.of(node.args[hot_at])
+        if not isinstance(queue, Queue) or not isinstance(hot, OneHot) or not _is_plain(hot):
+            continue
+        if hot.axes == queue.axes and descends(lift, hot.ids, queue.ids) and dtype(node) in _EXACT:
+            return OwnPlaces(queue, hot.ids)
+    return None
+
+
+def own_place(lift: Lift, node: Node) -> Value | None:
+    """The sum, or the largest, of the places at the pairs' own experts."""
+    found = lift.of(node.args[0])
+    if not isinstance(found, OwnPlaces):
+        return None
+    dims, axes = argument(node, "dim"), found.queue.axes
+    dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+    if [d % len(axes) for d in dims if isinstance(d, int)] != [axes.index("E")]:
+        return None
+    largest = operator_name(node) in ("aten::amax", "aten::max")
+    if largest and found.queue.start < 0:
+        return None
+    place = Place(found.queue, found.of, axes.replace("E", "1" if argument(node, "keepdim") else ""))
+    return Parts((place, None)) if operator_name(node) == "aten::max" else place
+
+
+def place_at_id(lift: Lift, node: Node) -> Value | None:
+    """places.gather(-1, ids.unsqueeze(-1)), places.gather(-1, ids) of one id a token."""
+    queue, index = lift.of(node.args[0]), argument(node, "index")
+    if not isinstance(queue, Queue) or not queue.axes.endswith("E"):
+        return None
+    if argument(node, "dim") not in (-1, len(queue.axes) - 1) or not same_size(shape(index)[-1], 1):
+        return None
+    below = index
+    if pair_axes(queue.ids) == queue.axes[:-1]:
+        below = index.args[0] if operator_name(index) == "aten::unsqueeze" else None
+    root = lift.ids_root(below) if isinstance(below, Node) else None
+    own = root is not None and root[0] is queue.ids and len(shape(index)) == len(queue.axes)
+    fits = queue.axes[:-1] in (pair_axes(queue.ids), pair_axes(queue.ids).replace("K", ""))
+    return Place(queue, queue.ids, queue.axes.replace("E", "1")) if own and fits else None
+
+
+def within(lift: Lift, node: Node) -> Value | None:
+    """places < capacity, places <= last."""
+    found, capacity = lift.of(node.args[0]), node.args[1]
+    if not isinstance(found, (Queue, OwnPlaces, Place)):
+        return None
+    most = _whole(lift, capacity)
+    if most is None:
+        return None
+    most -= int(operator_name(node) == "aten::lt")
+    queue = found if isinstance(found, Queue) else found.queue
+    of = found.ids if isinstance(found, Queue) else found.of
+    if isinstance(found, Place) and found.most is not None:
+        return None
+    axes = found.axes if isinstance(found, Place) else queue.axes
+    return Within(Limit(queue.ids, queue.start, queue.before, most), of, axes)
+
+
+def _whole(lift: Lift, size: object) -> sympy.Expr | None:
+    """A whole number, as an expression in sizes."""
+    found = value(size) if isinstance(size, Node) and not is_tensor(size) else size
+    is_number = isinstance(found, (int, torch.SymInt)) and not isinstance(found, bool)
+    return lift.extent(found) if is_number else None
+
+
+def bound(lift: Lift, node: Node) -> Value | None:
+    """places.clamp(max=last): right for the pairs up to there."""
+    found, low, high = lift.of(node.args[0]), argument(node, "min"), argument(node, "max")
+    if not isinstance(found, Place) or found.most is not None:
+        return None
+    if low is not None and not (isinstance(low, int) and low <= found.queue.start):
+        return None
+    if high is None:
+        return found
+    most = _whole(lift, high)
+    return None if most is None else replace(found, most=most)
+
+
+def mask_place(lift: Lift, node: Node) -> Value | None:
+    """place * kept: right for the pairs that are kept."""
+    for place_at, mask_at in ((0, 1), (1, 0)):
+        place, mask = lift.of(node.args[place_at]), node.args[mask_at]
+        if not isinstance(place, Place) or not keeps(lift, mask):
+            continue
+        assert isinstance(mask, Node)
+        if not _same(node, mask) or dtype(node) not in _EXACT:
+            return None
+        found = lift.of(mask)
+        if isinstance(found, Flags) and found.axes == place.axes and descends(lift, found.ids, place.of):
+            return replace(place, of=found.ids)
+        kept = pairs_kept(lift, mask, place.axes, place.of)
+        if kept is None:
+            return None
+        known = isinstance(found, Within) and found.axes == place.axes and descends(lift, place.of, found.of)
+        limits = frozenset({found.limit}) if known and isinstance(found, Within) else frozenset[Limit]()
+        return replace(place, of=restrict(lift, place.of, kept, limits, mask))
+    return None
+
+
+def one_hot(lift: Lift, node: Node) -> Value | None:
+    """one_hot(places, capacity)."""
+    place, classes = lift.of(node.args[0]), _whole(lift, argument(node, "num_classes"))
+    if not isinstance(place, Place) or classes is None or classes.is_negative:
+        return None
+    return PlaceHot(place, place.axes + "C", classes, node)
+
+
+def compare(lift: Lift, node: Node) -> Value | None:
+    """places.unsqueeze(-1) == arange(capacity)."""
+    place, numbers = lift.of(node.args[0]), node.args[1]
+    if not isinstance(place, Place) or not place.axes.endswith("1") or not isinstance(numbers, Node):
+        return None
+    if not isinstance(lift.of(numbers), Range) or len(shape(numbers)) != 1:
+        return None
+    return PlaceHot(place, place.axes[:-1] + "C", lift.extent(shape(numbers)[0]), node)
+
+
+def cast(lift: Lift, node: Node) -> Value | None:
+    """Places in a type that holds them; masks in any."""
+    found = lift.of(node.args[0])
+    if isinstance(found, (Within, Flags, PlaceHot)):
+        return found
+    return found if isinstance(found, (Queue, OwnPlaces, Place)) and dtype(node) in _EXACT else None
+
+
+def rename(lift: Lift, node: Node) -> Value | None:
+    """unsqueeze, squeeze, permute, transpose: the dimensions keep their names."""
+    found = lift.of(node.args[0])
+    if not isinstance(found, (OneHot, Queue, OwnPlaces, Place, PlaceHot, Within, Flags, KeptWeights)):
+        return None
+    old = found.queue.axes if isinstance(found, OwnPlaces) else found.axes
+    new = renamed(node, old)
+    if new is None:
+        return None
+    if isinstance(found, OwnPlaces):
+        return OwnPlaces(replace(found.queue, axes=new), found.of)
+    return replace(found, axes=new)
+
+
+def renamed(node: Node, axes: str) -> str | None:
+    """The names of the dimensions after a rearrangement."""
+    rank = len(axes)
+    order = list(range(rank))
+    match operator_name(node):
+        case "aten::unsqueeze":
+            at = argument(node, "dim") % (rank + 1)
+            return axes[:at] + "1" + axes[at:]
+        case "aten::squeeze":
+            dims = argument(node, "dim")
+            gone = {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims]) if d is not None}
+            if not gone or any(axes[d] != "1" for d in gone):
+                return None
+            return "".join(a for i, a in enumerate(axes) if i not in gone)
+        case "aten::permute":
+            order = [d % rank for d in argument(node, "dims")]
+        case "aten::transpose":
+            i, j = (d % rank for d in node.args[1:3] if isinstance(d, int))
+            order[i], order[j] = j, i
+        case _:
+            order[-2:] = order[:-3:-1]
+    return "".join(axes[d] for d in order)
+
+
+def view(lift: Lift, node: Node) -> Value | None:
+    """Pairs joined to one dimension, or taken apart again: (K, T, E) and (K·T, E), (T, K, E) and (T·K, E)."""
+    found = lift.of(node.args[0])
+    if not isinstance(found, (OneHot, Queue, Place, Within)) or (isinstance(found, OneHot) and found.place):
+        return None
+    ids = found.ids if isinstance(found, (OneHot, Queue)) else found.of
+    source = node.args[0]
+    assert isinstance(source, Node)
+    axes = _joined(found.axes, shape(source), shape(node), shape(ids)[-1])
+    return replace(found, axes=axes) if axes is not None and pair_axes(ids) == "TK" else None
+
+
+def _joined(axes: str, old: tuple[object, ...], new: tuple[object, ...], slots: object) -> str | None:
+    if len(old) == len(new) and all(map(same_size, old, new)):  # type: ignore[arg-type]
+        return axes
+    rest = axes.removeprefix(axes[:2])
+    for apart, joined in (("KT", "Q"), ("TK", "P")):
+        if axes[:2] == apart and len(new) == len(old) - 1 and all(map(same_size, new[1:], old[2:])):  # type: ignore[arg-type]
+            return joined + rest
+        if axes[:1] == joined and len(new) == len(old) + 1 and all(map(same_size, new[2:], old[1:])):  # type: ignore[arg-type]
+            return apart + axes[1:] if same_size(new[apart.index("K")], slots) else None  # type: ignore[arg-type]
+    return None
+
+
+def _same(a: Node, b: Node) -> bool:
+    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "aten::cumsum": (count_up,),
+    "aten::add": (shift,),
+    "aten::sub": (shift,),
+    "aten::mul": (own_places, mask_place),
+    "aten::sum": (own_place, totals),
+    "aten::amax": (own_place,),
+    "aten::max": (own_place,),
+    "aten::gather": (place_at_id,),
+    "aten::lt": (within,),
+    "aten::le": (within,),
+    "aten::clamp": (bound,),
+    "aten::clamp_max": (bound,),
+    "aten::one_hot": (one_hot,),
+    "aten::eq": (compare,),
+    "aten::to": (cast,),
+    "aten::_to_copy": (cast,),
+    "aten::type_as": (cast,),
+    "aten::unsqueeze": (rename,),
+    "aten::squeeze": (rename,),
+    "aten::permute": (rename,),
+    "aten::transpose": (rename,),
+    "aten::t": (rename,),
+    "aten::mT": (rename,),
+    "aten::view": (view,),
+    "aten::reshape": (view,),
+    "aten::_unsafe_view": (view,),
+    "aten::flatten": (view,),
+}
