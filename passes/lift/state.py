@@ -377,8 +377,7 @@ class Lift:
             if not (flattens or node.target in CASTS | COPIES):
                 break
             node = below
-        sizes = shape(node)
-        slots = sizes[-1] if len(sizes) > 1 else 1
+        slots = shape(node)[-1] if has_slots(node) else 1
         return (node, slots) if isinstance(slots, int) else None
 
 
@@ -413,6 +412,40 @@ def uncast_rows(node: Node) -> Node:
 
 def _holds_ids(node: Node) -> bool:
     return is_tensor(node) and dtype(node) in _WIDE
+
+
+_SAME_DIMENSIONS = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias", "remainder", "clamp"),
+        *("masked_fill", "where"),
+    )
+)
+
+
+def has_slots(ids: Node) -> bool:
+    """Whether the ids' last dimension numbers a token's slots.
+
+    An argmax drops that dimension, a top-k has one: what selects says so, sizes cannot.
+    """
+    while len(shape(ids)) > 1 and ids.op == "call_function":
+        name, last = operator_name(ids), len(shape(ids)) - 1
+        if name in ("aten::argmax", "aten::argmin"):
+            return bool(argument(ids, "keepdim"))
+        if name == "getitem":
+            selector = ids.all_input_nodes[0]
+            return operator_name(selector) != "aten::max" or bool(argument(selector, "keepdim"))
+        below = ids.args[1] if name == "aten::where" and len(ids.args) == 3 else ids.args[0]
+        if not isinstance(below, Node) or not is_tensor(below):
+            return True
+        if name in ("aten::select", "aten::squeeze") and len(shape(below)) == last + 2:
+            return argument(ids, "dim") not in (-1, last + 1, [-1], [last + 1])
+        if ids.target in VIEWS:
+            return has_slots(below) or same_size(shape(ids)[-1], 1)
+        if name not in _SAME_DIMENSIONS:
+            return True
+        ids = below
+    return len(shape(ids)) > 1
 
 
 def operator_name(node: Node) -> str:

@@ -184,6 +184,14 @@ class SlotOf:
 
 
 @dataclass(frozen=True)
+class Along:
+    """Where each row's token lies along one of the ids' own token dimensions, such as the batch."""
+
+    domain: OneExpert
+    axis: int
+
+
+@dataclass(frozen=True)
 class Counts:
     """How many pairs of `ids` each of `experts` experts has."""
 
@@ -476,6 +484,7 @@ Value: TypeAlias = (
     | InversePermutation
     | TokenOf
     | SlotOf
+    | Along
     | Counts
     | Offsets
     | OneHot
