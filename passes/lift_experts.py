@@ -42,9 +42,10 @@ from dsmoe_compiler.passes.lift import (
     rowwise,
     segments,
 )
-from dsmoe_compiler.passes.lift.discover import Selection, find_selections, never_negative, selectors_of
+from dsmoe_compiler.passes.lift.discover import Selection, find_selections, selectors_of
+from dsmoe_compiler.passes.lift.ranges import inside, never_negative
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven
-from dsmoe_compiler.passes.lift.values import Combined, DenseSum, Everywhere, OneExpert, Pairs
+from dsmoe_compiler.passes.lift.values import Combined, DenseSum, Everywhere, Offsets, OneExpert, Pairs
 from dsmoe_compiler.passes.region import size_arguments
 
 _FLOATS = frozenset(getattr(torch, name) for name in DTYPES)
@@ -151,16 +152,10 @@ def _idiom(lift: Lift, node: Node, found: Combined) -> str:
     """The field's name for the spelling."""
     if isinstance(found.rows.domain, Everywhere) or isinstance(lift.of(node), DenseSum):
         return "dense, weights zeroed"
-    stack, seen, domains = [node], set[Node](), set[type]()
-    while stack:
-        at = stack.pop()
-        if at in seen or at not in lift.meaning:
-            continue
-        seen.add(at)
-        if "grouped_mm" in str(at.target):
-            return "sorted, grouped GEMM"
-        domains.add(type(getattr(lift.of(at), "domain", None)))
-        stack.extend(at.all_input_nodes)
+    seen = _behind(lift, node)
+    if any("grouped_mm" in str(n.target) for n in seen):
+        return "sorted, grouped GEMM"
+    domains = {type(getattr(lift.of(n), "domain", None)) for n in seen}
     if OneExpert in domains:
         return "loop over experts"
     if Everywhere in domains:
@@ -168,6 +163,23 @@ def _idiom(lift: Lift, node: Node, found: Combined) -> str:
     if any(n.target in (aten.bmm.default, aten.matmul.default) for n in seen):
         return "gathered weights, batched GEMM"
     return "rows per pair"
+
+
+def _behind(lift: Lift, node: Node) -> set[Node]:
+    """The values with a meaning that lead to a combine."""
+    stack, seen = [node], set[Node]()
+    while stack:
+        at = stack.pop()
+        if at not in seen and at in lift.meaning:
+            seen.add(at)
+            stack.extend(at.all_input_nodes)
+    return seen
+
+
+def _counted(lift: Lift, node: Node, found: Combined) -> int | None:
+    """How many experts have rows at all, where the spelling leaves out the pairs of others."""
+    counted = (m.experts for n in _behind(lift, node) if isinstance(m := lift.of(n), Offsets))
+    return next(counted, None) if found.visited is None else found.visited
 
 
 @dataclass(frozen=True)
@@ -264,9 +276,10 @@ def _emit(
         tokens = shape(x)[0]
         ids_TK, chosen = _as_pairs(lift, ids, tokens, slots)
         experts = ids_TK
-        if found.visited is not None:
-            experts = _dropped_outside(lift, ids_TK, found.visited)
-        elif not never_negative(ids):
+        if (counted := _counted(lift, node, found)) is not None:
+            if not inside(lift.graph, ids, counted):
+                experts = _dropped_outside(lift, ids_TK, counted)
+        elif not never_negative(lift.graph, ids):
             experts = _wrapped(lift, ids_TK, spec.count)
         weights, weighed = _weights(lift, pairs, ids_TK, tokens, slots, x)
         tensors = [_packed(lift, p, node) if p.packed else p.parts[0] for p in params]

@@ -49,7 +49,6 @@ _MATRICES = frozenset(
         *("select", "mul", "sum", "type_as", "expand", "contiguous", "sigmoid"),
     )
 )
-_INDEXED = ("aten::topk", "aten::max", "aten::min", "aten::sort")  # values, and where they were
 _JOINS = ("aten::cat", "aten::concat", "aten::stack")
 _SELECTORS = frozenset({"aten::topk", "aten::argmax", "aten::max"})
 
@@ -89,43 +88,18 @@ def find_selections(graph: ProgramGraph) -> list[Selection]:
 
 
 def selectors_of(ids: Node) -> tuple[Node, ...]:
-    """The top-k or argmax behind a layer's ids, through views, casts and getitem; several where slots were
-    chosen one by one and joined.
-    """
-    node: object = ids
-    while isinstance(node, Node) and node.op == "call_function":
+    """The top-k or argmax that a layer's ids are made of; several where slots were chosen one by one."""
+    found, seen, stack = list[Node](), set[Node](), [ids]
+    while stack:
+        node = stack.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
         if operator_name(node) in _SELECTORS:
-            return (node,)
-        if operator_name(node) in _JOINS:
-            return tuple(s for part in argument(node, "tensors") for s in selectors_of(part))
-        node = node.args[0] if node.args else None
-    return ()
-
-
-def never_negative(ids: Node) -> bool:
-    """Whether ids are indices that an operator chose, or were brought into range by a remainder or a clamp.
-
-    Others may hold −1: an index counts it from the end, the fused op drops it.
-    """
-    while ids.op == "call_function":
-        name = operator_name(ids)
-        if name in ("aten::argmax", "aten::argmin", "aten::argsort"):
-            return True
-        if name == "getitem":
-            return bool(ids.args[1] == 1) and operator_name(ids.all_input_nodes[0]) in _INDEXED
-        if name == "aten::remainder":
-            return isinstance(ids.args[1], int) and ids.args[1] > 0
-        if name in ("aten::clamp", "aten::clamp_min"):
-            low = argument(ids, "min")
-            return isinstance(low, int) and low >= 0
-        if name in _JOINS:
-            return all(never_negative(part) for part in argument(ids, "tensors"))
-        below = ids.args[0]
-        same = ids.target in VIEWS | CASTS | COPIES or name in _REARRANGES
-        if not same or not isinstance(below, Node):
-            return False
-        ids = below
-    return False
+            found.append(node)
+        elif not is_tensor(node) or not value(node).is_floating_point():
+            stack.extend(reversed(node.all_input_nodes))
+    return tuple(found)
 
 
 def require_distinct(ids: Node) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import CASTS, aten, dtype, same_size, shape
-from dsmoe_compiler.passes.lift.discover import never_negative
+from dsmoe_compiler.passes.lift.ranges import never_negative
 from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Counts,
@@ -133,7 +133,7 @@ def offsets_by_search(lift: Lift, node: Node) -> Value | None:
     if not isinstance(ids, SortedIds) or not right or not isinstance(size, int):
         return None
     assert ids.domain.ids is not None
-    if not never_negative(ids.domain.ids):
+    if not never_negative(lift.graph, ids.domain.ids):
         raise Unproven("R401", "ids that may be negative are searched for, which hands them to expert 0")
     return Offsets(ids.domain.ids, size)
 

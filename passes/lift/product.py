@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape
 from dsmoe_compiler.passes.lift.gather import tokens_everywhere
+from dsmoe_compiler.passes.lift.ranges import require_counted
 from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import GRIDS, Offsets, OneExpert, Pairs, Rows, Value
 
@@ -40,6 +41,7 @@ def grouped(lift: Lift, node: Node) -> Value | None:
         )
     if rows.lead != 1 or len(rows.trail) != 1:
         return None
+    require_counted(lift.graph, offsets.ids, offsets.experts)
     width = shape(parameter)[1 if flipped else 2]
     assert isinstance(width, int)
     return _product(lift, rows, parameter, "linear" if flipped else "matmul", (width,))

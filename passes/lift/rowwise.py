@@ -342,11 +342,7 @@ def transpose(lift: Lift, node: Node) -> Value | None:
         order[i], order[j] = j, i
     else:
         order[-2:] = order[:-3:-1]
-    if (
-        order[: rows.lead] == [1, 0]
-        and isinstance(rows.domain, GRIDS)
-        and order[2:] == list(range(2, rank))
-    ):
+    if order[: rows.lead] == [1, 0] and isinstance(rows.domain, GRIDS) and order[2:] == list(range(2, rank)):
         return rows.like(rows.term, domain=replace(rows.domain, axis=1 - rows.domain.axis))
     if order[: rows.lead] != list(range(rows.lead)):
         return None

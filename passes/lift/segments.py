@@ -18,7 +18,8 @@ import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import shape, value
-from dsmoe_compiler.passes.lift.state import Lift, Rule, argument, count_of, operator_name
+from dsmoe_compiler.passes.lift.ranges import handed_in, never_negative
+from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, count_of, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Count,
     Counts,
@@ -114,6 +115,10 @@ def _segment(lift: Lift, found: Value | None, start: sympy.Expr, length: sympy.E
     expert = next((e for e in range(experts) if length == count_of(pairs.ids, e)), None)
     if expert is None or start != sympy.Add(*(count_of(pairs.ids, i) for i in range(expert))):
         return None
+    if not never_negative(lift.graph, pairs.ids) and not handed_in(lift.graph, pairs.ids):
+        raise Unproven(
+            "R401", f"%{pairs.ids.name} may hold numbers below 0, which are sorted before expert 0's"
+        )
     domain = OneExpert(pairs.ids, pairs.slots, expert, pairs.order)
     if isinstance(found, Rows):
         return found.like(found.term, domain=domain)
