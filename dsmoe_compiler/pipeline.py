@@ -10,14 +10,14 @@ from typing import Literal
 from dsmoe_compiler.instrument import Instrument, PassRun
 from dsmoe_compiler.ir.errors import DsmoeError, InputError, Refusal
 from dsmoe_compiler.ir.graph import ProgramGraph, erase_dead
-from dsmoe_compiler.ir.passes import LayerFacts, Pass, PassLog, Replacement
+from dsmoe_compiler.ir.passes import LayerFacts, Pass, PassLog, Remark, Replacement
 from dsmoe_compiler.passes.fuse_router import FuseRouter
 from dsmoe_compiler.passes.fuse_shared_experts import FuseSharedExperts
 from dsmoe_compiler.passes.lift_experts import LiftExperts
 from dsmoe_compiler.passes.normalize import Normalize
 from dsmoe_compiler.pipeline_text import parse
 from dsmoe_compiler.report.remarks import remarks_of
-from dsmoe_compiler.report.report import LayerReport, PassReport
+from dsmoe_compiler.report.report import LayerReport, Left, PassReport
 from dsmoe_compiler.validate import Verdict, validate
 
 Verify = Literal["numeric", "off"]
@@ -75,7 +75,8 @@ def run(
             each.after(step, graph, ran)
         reports.append(ran.report)
     layers = sorted(log.layers.values(), key=lambda f: f.order)
-    return Outcome(tuple(_layer_report(f) for f in layers), tuple(reports), tuple(map(str, log.remarks)))
+    told = tuple(_layer_report(f, log.remarks) for f in layers)
+    return Outcome(told, tuple(reports), tuple(map(str, log.remarks)))
 
 
 def _run_one(graph: ProgramGraph, step: Pass, log: PassLog, check: bool) -> PassRun:
@@ -143,7 +144,7 @@ def _refusal(step: Pass, change: Replacement, verdict: Verdict) -> Refusal:
     return Refusal(change.refused, because, change.old.name)
 
 
-def _layer_report(facts: LayerFacts) -> LayerReport:
-    return LayerReport(
-        facts.name, facts.idiom, facts.fused, facts.spec, facts.refusal, facts.source, facts.remarks
-    )
+def _layer_report(facts: LayerFacts, said: Sequence[Remark]) -> LayerReport:
+    left = tuple(Left(r.text, r.refusal) for r in said if r.layer == facts.name)
+    what = (facts.name, facts.idiom, facts.fused, facts.spec, facts.refusal, facts.source, facts.remarks)
+    return LayerReport(*what, facts.explanation, left)

@@ -11,18 +11,15 @@ from torch.fx.node import Argument
 
 from dsmoe_compiler.ir import ops
 from dsmoe_compiler.ir.body import Step
-from dsmoe_compiler.ir.errors import Refusal
 from dsmoe_compiler.ir.graph import (
     CASTS,
     COPIES,
     VIEWS,
     ProgramGraph,
     Size,
-    ancestors,
     aten,
     common_module,
     dtype,
-    module_path,
     same_size,
     shape,
     source,
@@ -44,6 +41,7 @@ from dsmoe_compiler.passes.lift import (
 )
 from dsmoe_compiler.passes.lift.discover import Selection, find_selections, selectors_of
 from dsmoe_compiler.passes.lift.ranges import inside, never_negative
+from dsmoe_compiler.passes.lift.explain import Explainer, refusal_at
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven
 from dsmoe_compiler.passes.lift.values import Combined, DenseSum, Everywhere, Offsets, OneExpert, Pairs
 from dsmoe_compiler.passes.region import size_arguments
@@ -91,6 +89,7 @@ class LiftExperts:
         lift = Lift(graph, RULES)
         found_layers = lift.run(accumulate.finished)
         standing, combined = dict[Node, Node](), set[Node | None]()
+        explainer = Explainer(lift, order)
         for node, found in found_layers:
             layer = _Layer.of(lift, node, found, selections)
             if layer is None:
@@ -98,12 +97,15 @@ class LiftExperts:
             facts = LayerFacts(
                 _unique(layer.name, log, combined, layer), layer.idiom, None, None, layer.source
             )
-            facts = replace(facts, node=node.name, order=order[node])
+            understood = explainer.fused(node, layer.selector)
+            facts = replace(facts, node=node.name, order=order[node], explanation=understood)
             combined.add(layer.selector)
             try:
                 experts = _insert(lift, node, found, layer.ids, standing)
             except Unproven as e:
-                log.layer(replace(facts, refusal=Refusal(e.code, e.because, node.name, layer.source)))
+                refusal = refusal_at(e.code, e.because, node, facts.name)
+                understood = explainer.unfinished(node, layer.selector, e.code, e.because)
+                log.layer(replace(facts, refusal=refusal, explanation=understood))
                 continue
             log.replace(Replacement(facts.name, experts.old, experts.new, experts.inputs, "R304"))
             standing[experts.old] = experts.new
@@ -111,7 +113,10 @@ class LiftExperts:
             log.layer(replace(facts, spec=spec, node=experts.old.name, op=experts.op.name))
         for selector, selection in selections.items():
             if selector not in combined:
-                log.layer(_refused(lift, selection, order))
+                refusal, explanation = explainer.refused(selection)
+                first = selection.first_use
+                facts = LayerFacts(selection.name, "unknown", None, refusal, selection.source, first.name)
+                log.layer(replace(facts, order=order[first], explanation=explanation))
         return bool(log.replacements)
 
 
@@ -366,25 +371,3 @@ def _through_cast(node: Node) -> Node:
     if len(users) == 1 and users[0].target in CASTS and dtype(users[0]) in _FLOATS:
         return users[0]
     return node
-
-
-def _within(node: Node, layer: str) -> bool:
-    name = layer.split("#")[0]
-    return not name or f"{'.'.join(module_path(node))}.".startswith(f"{name}.")
-
-
-def _refused(lift: Lift, selection: Selection, order: dict[Node, int]) -> LayerFacts:
-    """A layer nobody combined: the first loss on its own ids says why."""
-    own = [x for x in lift.losses if x.ids is not None and selection.selector in selectors_of(x.ids)]
-    before = ancestors([selection.first_use, *(lost.node for lost in own)])
-    own += [x for x in lift.losses if x.ids is None and x.node in before and _within(x.node, selection.name)]
-    if own:
-        lost = min(own, key=lambda lost: order[lost.node])
-        refusal = Refusal(lost.code, lost.because, lost.node.name, source(lost.node, selection.name))
-    else:
-        because = f"the ids are first used by {selection.first_use.target}, a spelling that is not known"
-        refusal = Refusal("R407", because, selection.first_use.name, selection.source)
-    at = order[selection.first_use]
-    return LayerFacts(
-        selection.name, "unknown", None, refusal, selection.source, selection.first_use.name, "", at
-    )

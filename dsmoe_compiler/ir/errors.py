@@ -24,7 +24,43 @@ CODES: dict[str, str] = {
     "R406": "the dense experts do not vanish where their weight is zero",
     "R407": "no combine was found: the experts' rows never become tokens again",
     "R408": "a tensor the layer reads is overwritten in place where another name still reads it",
+    "R409": "the places in the experts' capacity are not known to hold each pair once, dispatched as "
+    "combined",
+    "R410": "an operator on the ids, or on a permutation, mask, count or weight made of them, is not known",
     "R501": "validation: the whole program gives other numbers than the model",
+}
+
+# What to write instead, by code.
+_A_DEFECT = "nothing: the layer runs as written, and the rewrite is a defect of this compiler worth a report"
+REMEDIES: dict[str, str] = {
+    "R201": "the experts are fused all the same; to fuse the router too, score by softmax or sigmoid, "
+    "select by one top-k over all experts, and weigh by the selected scores",
+    "R202": "the experts are fused all the same; to fuse the router too, let it read what its experts read",
+    "R203": _A_DEFECT,
+    "R301": "let an expert's rows pass only what works on each row alone: linear maps by its expert's "
+    "tensors, pointwise operators, slices and concatenations of the width, the mean over the width",
+    "R302": "give every expert the same operators and tensors of the same shapes, and add each one's rows "
+    "exactly once",
+    "R303": "let all experts read one value, a row for each token whose ids are used",
+    "R304": _A_DEFECT,
+    "R305": "repair the weights: a rewrite can be checked only where they hold numbers",
+    "R306": _A_DEFECT,
+    "R401": "take permutation, counts and offsets from one sort of one set of ids, in ascending order: "
+    "bincount or histc of the ids, cumulated",
+    "R402": "bring the rows back by the inverse of the permutation that sorted them, or add each at its "
+    "own token",
+    "R403": "take a pair's token as perm // K, K being the number of ids a token",
+    "R404": "take a token's ids from one top-k, which are distinct",
+    "R405": "scatter the weights onto zeros: zeros(T, E).scatter(1, ids, w)",
+    "R406": "weigh what the experts give, after biases and whatever else is not 0 where the weight is",
+    "R407": "let the rows become tokens again: a sum over the slots, or index_add onto zeros at the rows' "
+    "tokens",
+    "R408": "write into a fresh tensor (y = y + z, not y += z), or clone what is read again",
+    "R409": "count places with one cumsum over all pairs that share an expert, drop a pair from the "
+    "dispatch and from the combine alike",
+    "R410": "bring ids to their use by one of the known ways: a sort, a comparison with an expert's "
+    "number, one_hot, an index of the experts' tensors, a scatter of the weights",
+    "R501": _A_DEFECT,
 }
 
 
@@ -33,17 +69,23 @@ class Refusal:
     """Why a layer, a router or a shared expert was left as it was.
 
     `code` is a key of `CODES`, `because` one sentence, `node` the graph value at which understanding ended,
-    `source` the user's "file.py:123", or "" when the graph does not say.
+    `source` the user's "file.py:123", or "" when the graph does not say, `text` that line.
     """
 
     code: str
     because: str
     node: str = ""
     source: str = ""
+    text: str = ""
 
     def __post_init__(self) -> None:
         if self.code not in CODES:
             raise ValueError(f"unknown refusal code {self.code!r}; ir/errors.py lists them")
+
+    @property
+    def meaning(self) -> str:
+        """What the code says of any layer."""
+        return CODES[self.code]
 
     def __str__(self) -> str:
         where = " ".join(part for part in (f"at %{self.node}" if self.node else "", self.source) if part)

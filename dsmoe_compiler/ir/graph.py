@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from dsmoe_compiler.ir.source_lines import stack_of
 
 aten = torch.ops.aten
 Size: TypeAlias = int | torch.SymInt
@@ -170,17 +171,15 @@ def source(node: Node, module: str = "") -> str:
     Libraries run experts from shared code; the line wanted is the model's own. Without a file known for the
     module, the innermost line outside torch.
     """
-    frames = _frames(node.meta.get("stack_trace") or "")
+    owner, stack = defining_file(node, module), stack_of(node)
+    chosen = [f for f in stack if f.path == owner] or stack
+    return str(chosen[-1]) if chosen else ""
+
+
+def defining_file(node: Node, module: str) -> str:
+    """The file that defines the class of a module on the node's stack of modules; "" if it is not known."""
     stack = {entry[0].split("@")[0]: entry[1] for entry in (node.meta.get("nn_module_stack") or {}).values()}
-    owner = _defining_file(stack.get(module, ""))
-    chosen = [f for f in frames if f[0] == owner] or [f for f in frames if "/torch/" not in f[0]] or frames
-    return f"{Path(chosen[-1][0]).name}:{chosen[-1][1]}" if chosen else ""
-
-
-def _frames(trace: str) -> list[tuple[str, str]]:
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
-    parts = [line.split(", ") for line in lines]
-    return [(p[0][len('File "') : -1], p[1].removeprefix("line ")) for p in parts if len(p) > 1]
+    return _defining_file(stack.get(module, ""))
 
 
 def _defining_file(owner: object) -> str:

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 from torch.fx import Node
 
 from dsmoe_compiler.ir.errors import Refusal
+from dsmoe_compiler.ir.explanation import Explanation
 from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.ir.spec import MoESpec
 
@@ -38,7 +39,7 @@ class LayerFacts:
     """What is known of one layer after some pass; passes replace the whole record.
 
     `node` is the value the layer was recognised (or lost) at, `op` the op that stands for it now, `order` its
-    place.
+    place, `explanation` how far its values were understood.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LayerFacts:
     op: str = ""
     order: int = 0
     remarks: tuple[str, ...] = ()
+    explanation: Explanation | None = None
 
     @property
     def fused(self) -> bool:

@@ -11,7 +11,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dsmoe_compiler.ir.errors import Refusal
+from dsmoe_compiler.ir.explanation import Explanation, Moment, Spelling
+from dsmoe_compiler.ir.source_lines import SourceLine
 from dsmoe_compiler.ir.spec import MoESpec, parse
+
+
+@dataclass(frozen=True)
+class Left:
+    """Something of a fused layer that stayed as it was written: "router as written", and why."""
+
+    what: str
+    refusal: Refusal | None = None
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,8 @@ class LayerReport:
 
     `name` is the module path, `idiom` the spelling it was found in, `source` the model's own "file.py:123".
     `fused` is true when the experts became one op; `spec` then says what it is, with `spec.router` None where
-    the router stayed as written (`remarks` says why). Otherwise `refusal` says why not.
+    the router stayed as written (`left` says why). Otherwise `refusal` says why not. `explanation` is how far
+    its values were understood, None where they were not looked at.
     """
 
     name: str
@@ -30,6 +41,8 @@ class LayerReport:
     refusal: Refusal | None
     source: str
     remarks: tuple[str, ...] = ()
+    explanation: Explanation | None = None
+    left: tuple[Left, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,16 +99,31 @@ class Report:
     def from_json(text: str) -> Report:
         """The inverse of `to_json`. Raises ValueError, KeyError or TypeError on anything else."""
         record: dict[str, Any] = json.loads(text)
-        layers = tuple(
-            LayerReport(
-                **{
-                    **entry,
-                    "spec": parse(entry["spec"], MoESpec) if entry["spec"] else None,
-                    "refusal": Refusal(**entry["refusal"]) if entry["refusal"] else None,
-                    "remarks": tuple(entry["remarks"]),
-                }
-            )
-            for entry in record["layers"]
-        )
+        layers = tuple(_layer(entry) for entry in record["layers"])
         passes = tuple(PassReport(**entry) for entry in record["passes"])
         return Report(**{**record, "layers": layers, "passes": passes, "remarks": tuple(record["remarks"])})
+
+
+def _layer(entry: dict[str, Any]) -> LayerReport:
+    """Of an entry of an older version, what it has."""
+    read = {
+        "spec": parse(entry["spec"], MoESpec) if entry["spec"] else None,
+        "refusal": _refusal(entry["refusal"]),
+        "remarks": tuple(entry["remarks"]),
+        "explanation": _explanation(entry.get("explanation")),
+        "left": tuple(Left(e["what"], _refusal(e["refusal"])) for e in entry.get("left", ())),
+    }
+    return LayerReport(**{**entry, **read})
+
+
+def _refusal(entry: dict[str, Any] | None) -> Refusal | None:
+    return Refusal(**entry) if entry else None
+
+
+def _explanation(entry: dict[str, Any] | None) -> Explanation | None:
+    if entry is None:
+        return None
+    moments = tuple(
+        Moment(**{**m, "lines": tuple(SourceLine(**line) for line in m["lines"])}) for m in entry["moments"]
+    )
+    return Explanation(moments, tuple(Spelling(**s) for s in entry["nearest"]), entry["remedy"])

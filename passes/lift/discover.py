@@ -55,12 +55,13 @@ _SELECTORS = frozenset({"aten::topk", "aten::argmax", "aten::max"})
 
 @dataclass(frozen=True)
 class Selection:
-    """One layer: its name, what selects, where the selection is first used, and the user's line there."""
+    """One layer: its name, what selects, where that is first used, the user's line there, and all uses."""
 
     name: str
     selector: Node
     first_use: Node
     source: str
+    uses: tuple[Node, ...]
 
 
 def find_selections(graph: ProgramGraph) -> list[Selection]:
@@ -83,7 +84,7 @@ def find_selections(graph: ProgramGraph) -> list[Selection]:
         taken[name] = taken.get(name, 0) + 1
         unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
         first = min(uses, key=position.__getitem__)
-        found.append(Selection(unique, selector, first, source(first, name)))
+        found.append(Selection(unique, selector, first, source(first, name), tuple(uses)))
     return found
 
 

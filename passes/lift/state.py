@@ -26,11 +26,11 @@ from dsmoe_compiler.ir.graph import (
     shape,
     value,
 )
+from dsmoe_compiler.passes.lift.losses import Lost, ids_in, most_telling
 from dsmoe_compiler.passes.lift.values import (
     Combined,
     DenseSum,
     OneExpert,
-    Pairs,
     PartialRows,
     PartialSum,
     Rows,
@@ -51,16 +51,6 @@ class Unproven(Exception):
 
 class NotStatic(Exception):
     """A width that is not a number, so nothing a model's weights could meet: the rule does not apply."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Where a layer's meaning ended: its ids (None if not known), the node, a refusal code, a reason."""
-
-    ids: Node | None
-    node: Node
-    code: str
-    because: str
 
 
 _KEEP_CONSTANT = frozenset(
@@ -136,7 +126,7 @@ class Lift:
                 try:
                     found = finish(self, node, found)
                 except Unproven as e:
-                    if not any(lost.ids is ids for lost in self.losses):
+                    if not any(lost.ids is ids and not lost.silent for lost in self.losses):
                         self._lose(node, e.code, e.because)
             if node in whole and isinstance(found, Rows):
                 found = Combined(found)
@@ -177,10 +167,11 @@ class Lift:
             self._lose(node, e.code, e.because)
             return None
         except NotStatic:
-            return None
-        if is_tensor(node) and any(isinstance(v, Rows) and self._is_of_experts(v) for v in known):
-            because = f"{operator_name(node)} is not known on {self.describe(node)}{self._beside(node)}"
-            self._lose(node, "R301", because)
+            silent = True
+        else:
+            silent = not is_tensor(node) or not any(map(self._is_of_experts, known))
+        if known and isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+            self._lose(node, "R301", "", silent)
         return None
 
     def supposing(self, source: Node, meaning: Value, nodes: Sequence[Node]) -> Value | None:
@@ -198,34 +189,20 @@ class Lift:
                 self.meaning[node] = old
         return result
 
-    def _is_of_experts(self, rows: Rows) -> bool:
-        one = isinstance(rows.domain, OneExpert)
-        return one or bool(self.terms.leaves(rows.term, "expert") or self.terms.leaves(rows.term, "own"))
+    def _is_of_experts(self, found: Value) -> bool:
+        if not isinstance(found, Rows):
+            return False
+        one = isinstance(found.domain, OneExpert)
+        return one or bool(self.terms.leaves(found.term, "expert") or self.terms.leaves(found.term, "own"))
 
-    def _lose(self, node: Node, code: str, because: str) -> None:
-        ids = next((i for a in node.all_input_nodes if (i := self.ids_of(a)) is not None), None)
-        self.losses.append(Lost(ids, node, code, because))
-
-    def ids_of(self, node: Node) -> Node | None:
-        """The ids behind a node's meaning, where it has one that knows them."""
-        found = self.meaning.get(node)
-        domain = getattr(found, "domain", None)
-        ids = domain.ids if isinstance(domain, (Pairs, OneExpert)) else getattr(found, "ids", None)
-        return ids if isinstance(ids, Node) else None
-
-    def describe(self, node: Node) -> str:
-        """The rows among a node's arguments, in words."""
-        rows = [v for a in node.all_input_nodes if isinstance(v := self.meaning.get(a), Rows)]
-        return " and ".join(dict.fromkeys(v.domain.words for v in rows)) or "these values"
-
-    def _beside(self, node: Node) -> str:
-        """The other values among a node's arguments, in words: those that are no rows."""
-        others = [
-            f"%{a.name}"
-            for a in node.all_input_nodes
-            if is_tensor(a) and self.graph.parameter(a) is None and self.rows(a) is None
-        ]
-        return f" beside {' and '.join(others)}" if others else ""
+    def _lose(self, node: Node, code: str, because: str, silent: bool = False) -> None:
+        """Write down that meaning ends at a node; with no reason, that no rule knows its operator."""
+        own = self.meaning.get(node)
+        known = [(a, v) for a in node.all_input_nodes if (v := self.meaning.get(a)) is not None]
+        last = (node, own) if own is not None else most_telling(known)
+        if last is not None or not silent:
+            ids = next((i for _, v in known if (i := ids_in(v)) is not None), ids_in(own))
+            self.losses.append(Lost(ids, node, code, because, last, silent))
 
     # -- what rules ask --------------------------------------------------------------------------------------
 
