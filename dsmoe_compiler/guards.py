@@ -39,8 +39,9 @@ _ALLOWED = (
 class Condition:
     """`text` in the user's words, `sizes` the dimensions it is about, `code` the same over s0, s1, …
 
-    `doubtful`: it fails at sizes 0 and 1 only. torch assumes `!= 1` of sizes whether the model cares or
-    not, to settle questions of memory layout and broadcasting.
+    `doubtful`: it fails at sizes 0 and 1 only, those of the inputs or of dimensions taken together (a view
+    as rows of 16: `x.shape[0] * x.shape[1] // 16 != 1`). torch assumes `!= 1` of sizes whether the model
+    cares or not, to settle questions of memory layout and broadcasting.
     """
 
     text: str
@@ -80,7 +81,18 @@ def _condition(guard: str, names: Mapping[str, str], fixed: Mapping[Dimension, i
     text = _ATOM.sub(lambda atom: f"{names[atom[1]]}.shape[{atom[2]}]", guard)
     text = ast.unparse(ast.parse(text.strip(), mode="eval"))
     condition = Condition(text, False, sizes, compile(tree, "<guard>", "eval"))
-    return replace(condition, doubtful=all(condition.holds(large) for large in _larger(sizes, tree, fixed)))
+    never_large = all(condition.holds(large) for large in _larger(sizes, tree, fixed))
+    return replace(condition, doubtful=never_large or _is_of_a_view(tree))
+
+
+def _is_of_a_view(tree: ast.Expression) -> bool:
+    """Whether a condition says of a size that other sizes were divided into that it is not 1."""
+    match tree.body:
+        case ast.Compare(
+            left=ast.BinOp(op=ast.FloorDiv()), ops=[ast.NotEq()], comparators=[ast.Constant(value=1)]
+        ):
+            return True
+    return False
 
 
 def _larger(

@@ -249,8 +249,11 @@ def _calls(inputs: Inputs, example: Call) -> Iterator[tuple[str, Call]]:
         if (other := _resized_call(inputs, example, sizes, wanted)) is not None:
             yield "another shape", _other_values(inputs, other, seed=_REPEATS)
             break
-    if (single := _resized_call(inputs, example, sizes, dict.fromkeys(sizes, 1))) is not None:
-        yield "size 1", single
+    ones = dict.fromkeys(sizes, 1)
+    kept = sizes if inputs.doubtful else ()  # a width that only a view fixes cannot be 1
+    for single in (ones, *({**ones, s: sizes[s]} for s in kept if sizes[s] > 1)):
+        if (call := _resized_call(inputs, example, sizes, single)) is not None:
+            yield "size 1", call
 
 
 def _resized_call(

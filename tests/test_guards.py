@@ -36,6 +36,8 @@ def test_nested_inputs_have_their_own_names() -> None:
         ("(16*L['x'].size()[0]) != 16", True),
         ("L['x'].size()[0]*L['x'].size()[1] != 1", True),
         ("L['x'].size()[0] > 1", True),
+        ("(L['x'].size()[0]*L['x'].size()[1]//16) != 1", True),
+        ("(L['x'].size()[0]*L['x'].size()[1]//16) != 4", False),
         ("L['x'].size()[0] != 4", False),
         ("L['x'].size()[0] != 4096", False),
         ("16*L['x'].size()[0] != 65536", False),

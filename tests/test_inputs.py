@@ -143,6 +143,12 @@ CONDITIONS: dict[
         ((1, 3),),
         "x: dimension 0 is 1, the program takes sizes with x.shape[0] != 1 only",
     ),
+    "rows of a view not 1": (
+        lambda x: x.view(-1, 4) * (2 if x.view(-1, 4).shape[0] != 1 else 1),
+        ((3, 4),),
+        ((1, 4),),
+        "x: dimension 1 is 4, the program takes sizes with x.shape[1] * x.shape[0] // 4 != 1 only",
+    ),
 }
 
 
@@ -156,6 +162,19 @@ def test_a_branch_on_sizes_is_held_to(what: str) -> None:
     with pytest.raises(dsmoe.ShapeError) as caught:
         program(*(torch.randn(size) for size in misfit))
     assert str(caught.value) == says
+
+
+def test_a_sum_over_the_rows_of_a_view_takes_one_row() -> None:
+    """torch asks whether there is more than one, and the answer is the same."""
+
+    def function(x: Tensor) -> Tensor:
+        rows = x.view(-1, 4)
+        return torch.einsum("td,te->de", rows, rows)
+
+    program = dsmoe.compile(function, (torch.randn(2, 3, 4),))
+    for size in ((2, 3, 4), (1, 1, 4), (1, 5, 4)):
+        x = torch.randn(size)
+        assert program(x).allclose(function(x), atol=1e-6)
 
 
 def test_a_branch_on_size_1_taken_by_the_example() -> None:
