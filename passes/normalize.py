@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch.fx import Node
-from torch.fx.node import Argument
+from torch.fx.node import Argument, map_arg
 
 from dsmoe_compiler.ir.graph import (
     CASTS,
@@ -63,6 +63,7 @@ class Normalize:
         """Returns whether anything changed."""
         before = len(graph.nodes)
         changed = _drop_metadata_assertions(graph)
+        changed += _pin_sizes(graph)
         changed += _make_functional(graph)
         changed += _drop_copies(graph)
         changed += _merge_equal(graph)
@@ -76,6 +77,22 @@ def _drop_metadata_assertions(graph: ProgramGraph) -> int:
     for node in found:
         graph.graph.erase_node(node)
     return len(found)
+
+
+def _pin_sizes(graph: ProgramGraph) -> int:
+    """Sizes that tracing pinned to a number (K, where ids are an input) are that number."""
+    changed = 0
+    for node in graph.nodes:
+        size = node.meta.get("val")
+        if node.target is not aten.sym_size.int or not isinstance(size, (int, torch.SymInt)):
+            continue
+        number = size if isinstance(size, int) else size.node.expr
+        if isinstance(number, int) or number.is_Integer:
+            for user in list(node.users):
+                user.args = map_arg(user.args, lambda n, of=node, is_=int(number): is_ if n is of else n)
+                user.kwargs = map_arg(user.kwargs, lambda n, of=node, is_=int(number): is_ if n is of else n)
+            changed += 1
+    return changed
 
 
 def _make_functional(graph: ProgramGraph) -> int:

@@ -98,7 +98,7 @@ def selectors_of(ids: Node) -> tuple[Node, ...]:
         seen.add(node)
         if operator_name(node) in _SELECTORS:
             found.append(node)
-        elif not is_tensor(node) or not value(node).is_floating_point():
+        elif node.target in CASTS or not is_tensor(node) or not value(node).is_floating_point():
             stack.extend(reversed(node.all_input_nodes))
     return tuple(found)
 

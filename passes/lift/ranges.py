@@ -25,7 +25,10 @@ _CHOOSE = frozenset(f"aten::{name}" for name in ("argmax", "argmin", "argsort"))
 _CHOOSE_AND_GIVE = frozenset(f"aten::{name}" for name in ("topk", "max", "min", "sort"))
 _MOVE = frozenset(
     f"aten::{name}"
-    for name in ("t", "transpose", "permute", "unsqueeze", "squeeze", "slice", "flip", "expand", "select")
+    for name in (
+        *("t", "transpose", "permute", "unsqueeze", "squeeze", "slice", "flip", "expand", "select"),
+        *("lift_fresh", "lift_fresh_copy"),
+    )
 )
 
 
@@ -87,10 +90,10 @@ def _held(graph: ProgramGraph, table: Node) -> Bounds:
 
 def _bounds(graph: ProgramGraph, node: Node) -> Bounds:
     name, below = operator_name(node), node.args[0] if node.args else None
-    if name in _CHOOSE or (name == "getitem" and node.args[1] == 1):
-        chooser = node if name in _CHOOSE else node.all_input_nodes[0]
-        chooses = name in _CHOOSE or operator_name(chooser) in _CHOOSE_AND_GIVE
-        return _places(chooser) if chooses else _ANY
+    if name in _CHOOSE:
+        return _places(node)
+    if name == "getitem" and operator_name(chooser := node.all_input_nodes[0]) in _CHOOSE_AND_GIVE:
+        return _places(chooser) if node.args[1] == 1 else bounds(graph, chooser.args[0])
     if node.target in VIEWS | CASTS | COPIES or name in _MOVE:
         return bounds(graph, below)
     match name:
@@ -109,6 +112,9 @@ def _bounds(graph: ProgramGraph, node: Node) -> Bounds:
         case "aten::add" | "aten::sub" if argument(node, "alpha") == 1:
             sign = 1 if name == "aten::add" else -1
             return _moved(bounds(graph, below), node.args[1], lambda number, by: number + sign * by)
+        case "aten::rsub" if argument(node, "alpha") == 1 and isinstance(whole := node.args[1], int):
+            low, high = bounds(graph, below)
+            return None if high is None else whole - high, None if low is None else whole - low
         case "aten::mul":
             return _moved(bounds(graph, below), node.args[1], lambda number, by: number * by, least=0)
         case "aten::floor_divide":
