@@ -7,6 +7,7 @@ so only arithmetic and comparisons of sizes are ever evaluated.
 from __future__ import annotations
 
 import ast
+import copy
 import itertools
 import math
 import re
@@ -82,17 +83,36 @@ def _condition(guard: str, names: Mapping[str, str], fixed: Mapping[Dimension, i
     text = ast.unparse(ast.parse(text.strip(), mode="eval"))
     condition = Condition(text, False, sizes, compile(tree, "<guard>", "eval"))
     never_large = all(condition.holds(large) for large in _larger(sizes, tree, fixed))
-    return replace(condition, doubtful=never_large or _is_of_a_view(tree))
+    return replace(condition, doubtful=never_large or _holds_of_views(tree))
 
 
-def _is_of_a_view(tree: ast.Expression) -> bool:
-    """Whether a condition says of a size that other sizes were divided into that it is not 1."""
-    match tree.body:
-        case ast.Compare(
-            left=ast.BinOp(op=ast.FloorDiv()), ops=[ast.NotEq()], comparators=[ast.Constant(value=1)]
-        ):
-            return True
-    return False
+def _holds_of_views(tree: ast.Expression) -> bool:
+    """Whether a condition on nothing but sizes divided by numbers holds wherever these quotients, which are
+    the sizes of a view's dimensions, are 2 and more.
+    """
+    views = _Views()
+    over = views.visit(copy.deepcopy(tree))
+    names = [n.id for n in ast.walk(over) if isinstance(n, ast.Name)]
+    if not views.names or not all(name in views.names.values() or name in _FUNCTIONS for name in names):
+        return False
+    code = compile(ast.fix_missing_locations(over), "<guard>", "eval")
+    sizes = tuple((name, 0) for name in views.names.values())
+    return all(
+        eval(code, {"__builtins__": {}, **_FUNCTIONS}, {name: n for (name, _), n in large.items()})
+        for large in _larger(sizes, over, {})
+    )
+
+
+class _Views(ast.NodeTransformer):
+    """Gives every quotient by a number a name of its own."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        if not isinstance(node.op, ast.FloorDiv) or not isinstance(node.right, ast.Constant):
+            return self.generic_visit(node)
+        return ast.Name(self.names.setdefault(ast.dump(node), f"v{len(self.names)}"), ast.Load())
 
 
 def _larger(

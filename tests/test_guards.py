@@ -38,6 +38,7 @@ def test_nested_inputs_have_their_own_names() -> None:
         ("L['x'].size()[0] > 1", True),
         ("(L['x'].size()[0]*L['x'].size()[1]//16) != 1", True),
         ("(L['x'].size()[0]*L['x'].size()[1]//16) != 4", False),
+        ("4*max(1, L['x'].size()[0]*L['x'].size()[1]//16) != 4", True),
         ("L['x'].size()[0] != 4", False),
         ("L['x'].size()[0] != 4096", False),
         ("16*L['x'].size()[0] != 65536", False),

@@ -19,7 +19,13 @@ import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape, value
-from dsmoe_compiler.passes.lift.kept import chain, descends, limits_of, pairs_kept, restrict
+from dsmoe_compiler.passes.lift.kept import (
+    chain,
+    deeper,
+    descends,
+    dropped,
+    limits_of,
+)
 from dsmoe_compiler.passes.lift.queue import renamed
 from dsmoe_compiler.passes.lift.reroll import reroll
 from dsmoe_compiler.passes.lift.signs import never_below_zero
@@ -116,6 +122,38 @@ def _letters_of(lift: Lift, node: object, broadcasts: bool = False) -> str | Non
     return names + "1" * added if rank in (1, 2) and lift.opaque(node) else None
 
 
+def weigh_by_scores(lift: Lift, node: Node) -> Value | None:
+    """scores (T, E) * hot: each pair's weight is its token's score of its expert."""
+    for hot_at, scores_at in ((0, 1), (1, 0)):
+        hot, scores = lift.of(node.args[hot_at]), node.args[scores_at]
+        source = node.args[hot_at]
+        if not isinstance(hot, OneHot) or hot.weight is not None or hot.place is not None:
+            continue
+        if not isinstance(scores, Node) or not isinstance(source, Node) or not _same(node, source):
+            continue
+        if hot.axes == "TKE" and operator_name(scores) == "aten::unsqueeze" and argument(scores, "dim") == 1:
+            scores = scores.args[0]
+        fits = is_tensor(scores) and len(shape(scores)) == 2 and hot.axes in ("TE", "TKE")  # type: ignore[arg-type]
+        if not fits or not lift.opaque(scores) or not same_size(shape(scores)[1], hot.experts):  # type: ignore[arg-type]
+            continue
+        assert isinstance(scores, Node)
+        if value(scores).is_floating_point() and dtype(scores) == dtype(node):
+            return replace(hot, weight=_at_ids(lift, scores, hot.ids))
+    return None
+
+
+def _at_ids(lift: Lift, scores: Node, ids: Node) -> Node:
+    """scores.gather(1, ids), any score for the pairs that are dropped."""
+    kept = lift.make(aten.clamp.default, (ids, 0), value(ids), (ids,))
+    if len(shape(ids)) == 2:
+        like = value(ids).to(dtype(scores))
+        return lift.make(aten.gather.default, (scores, 1, kept), like, (scores,))
+    column = lift.make(aten.unsqueeze.default, (kept, 1), value(ids).unsqueeze(1), (ids,))
+    like = value(ids).to(dtype(scores)).unsqueeze(1)
+    picked = lift.make(aten.gather.default, (scores, 1, column), like, (scores,))
+    return lift.make(aten.squeeze.dim, (picked, 1), value(ids).to(dtype(scores)), (scores,))
+
+
 def _of_factors(lift: Lift, node: Node, factors: Sequence[object], axes: str) -> Value | None:
     """The product of one-hots of experts and places, masks and weights, all of them of the same pairs."""
     found = [lift.of(f) for f in factors]
@@ -127,8 +165,8 @@ def _of_factors(lift: Lift, node: Node, factors: Sequence[object], axes: str) ->
     if ("C" in axes) != bool(places) or any(isinstance(f, Within) for f in found):
         return None
     of = [f.ids for f in found if isinstance(f, (OneHot, Flags, KeptWeights))]
-    ids = max(of, key=lambda i: len(list(chain(lift, i))))
-    if not all(descends(lift, ids, i) for i in of):
+    ids = deeper(lift, of)
+    if ids is None:
         return None
     if seated:
         kept = _seated(lift, ids, seated[0])
@@ -162,7 +200,7 @@ def _times(lift: Lift, node: Node, weights: list[Node], ids: Node) -> Node | Non
         return None
     product, *rest = weights
     for other in rest:
-        product = lift.make(node, aten.mul.Tensor, (product, other), value(product), (product, other))
+        product = lift.make(aten.mul.Tensor, (product, other), value(product), (product, other))
     return product
 
 
@@ -170,21 +208,21 @@ def _without_slot(lift: Lift, weight: Node, ids: Node) -> Node:
     """Weights (T, 1) as (T,) where there is one id a token."""
     if len(shape(ids)) != 1 or len(shape(weight)) != 2 or not same_size(shape(weight)[1], 1):
         return weight
-    return lift.make(weight, aten.squeeze.dim, (weight, 1), value(weight)[:, 0], (weight,))
+    return lift.make(aten.squeeze.dim, (weight, 1), value(weight)[:, 0], (weight,))
 
 
 def _seated(lift: Lift, ids: Node, hot: PlaceHot) -> Node | None:
     """The ids without the pairs whose place is none of the classes."""
     queue, most = hot.place.queue, hot.place.most
-    bounds = [most] if most is not None else [x.most for x in limits_of(lift, ids) if _of_queue(x, queue)]
+    known = [x.most + queue.start for x in limits_of(lift, ids) if _of_queue(x, queue)]
+    bounds = [most] if most is not None else known
     if queue.start >= 0 and any(_at_most(bound, hot.classes - 1) for bound in bounds):
         return ids
-    kept = pairs_kept(lift, hot.node, hot.axes, ids)
-    return None if kept is None else restrict(lift, ids, kept, frozenset(), hot.node)
+    return dropped(lift, ids, hot.node, hot.axes, hot.node)
 
 
 def _of_queue(limit: Limit, queue: Queue) -> bool:
-    return (limit.ids, limit.start, limit.before) == (queue.ids, queue.start, queue.before)
+    return (limit.ids, limit.before) == (queue.ids, queue.before)
 
 
 def _at_most(small: sympy.Expr, large: sympy.Expr) -> bool:
@@ -239,7 +277,7 @@ def _cast_weights(lift: Lift, node: Node, found: Value | None) -> Value | None:
     if found.weight is None or dtype(found.weight) == dtype(node):
         return found
     weight = lift.make(
-        node, aten.to.dtype, (found.weight, dtype(node)), value(found.weight).to(dtype(node)), (found.weight,)
+        aten.to.dtype, (found.weight, dtype(node)), value(found.weight).to(dtype(node)), (found.weight,)
     )
     return replace(found, weight=weight)
 
@@ -271,11 +309,36 @@ def rename(lift: Lift, node: Node) -> Value | None:
 # -- what sits there -----------------------------------------------------------------------------------------
 
 
-def _seats(lift: Lift, node: object) -> tuple[OneHot, ...]:
-    """The one-hots of a (T, E, C) value, in any order of dimensions; () if it is none."""
+def _seats(lift: Lift, node: object, axes: str = "") -> tuple[OneHot, ...]:
+    """The one-hots of a (T, E, C) value, in the order of `axes` or in any; () if it is none."""
     found = lift.of(node)
     parts = found.parts if isinstance(found, Dispatch) else (found,) if isinstance(found, OneHot) else ()
-    return parts if all(p.place is not None and sorted(p.axes) == ["C", "E", "T"] for p in parts) else ()
+    fits = all(p.axes == axes if axes else sorted(p.axes) == ["C", "E", "T"] for p in parts)
+    return parts if fits and all(p.place is not None for p in parts) else ()
+
+
+def flatten(lift: Lift, node: Node) -> Value | None:
+    """(T, E, C) as (T, E·C): the slots of all experts as one dimension."""
+    parts = _seats(lift, node.args[0], "TEC")
+    source = node.args[0]
+    assert isinstance(source, Node)
+    if not parts or len(shape(node)) != 2 or not same_size(shape(node)[0], shape(source)[0]):
+        return None
+    flat = tuple(replace(p, axes="TX") for p in parts)
+    return flat[0] if len(flat) == 1 else Dispatch(flat)
+
+
+def apply_flat(lift: Lift, node: Node) -> Value | None:
+    """dispatch (E·C, T) @ x, combine (T, E·C) @ rows."""
+    left, right = node.args[:2]
+    if (parts := _seats(lift, left, "XT")) and isinstance(right, Node):
+        found = _dispatched(lift, node, parts, right, 0)
+        return replace(found, lead=1) if isinstance(found, Rows) else None
+    rows = lift.rows(right)
+    if rows is None or not isinstance(rows.domain, Capacity) or (rows.lead, rows.domain.axis) != (1, 0):
+        return None
+    parts = _seats(lift, left, "TX")
+    return _combined(lift, node, parts, rows) if parts else None
 
 
 def _applied(
@@ -319,7 +382,8 @@ def _require_apart(lift: Lift, parts: tuple[OneHot, ...]) -> None:
         assert place is not None
         if not descends(lift, part.ids, place.of):
             raise Unproven("R409", "pairs sit at places that were counted for other pairs")
-        known = [x.most for x in limits_of(lift, part.ids) if _of_queue(x, place.queue)]
+        queue = place.queue
+        known = [x.most + queue.start for x in limits_of(lift, part.ids) if _of_queue(x, queue)]
         if place.most is not None and not any(_at_most(most, place.most) for most in known):
             because = "places past the capacity become the last one, and their pairs are dispatched, too"
             raise Unproven("R409", because)
@@ -347,8 +411,8 @@ def _front_of(lift: Lift, ids: Node, queue: Queue) -> bool:
     steps = list(chain(lift, ids))
     if queue.ids not in steps:
         return False
-    dropped = [lift.kept[i] for i in steps[: steps.index(queue.ids)]]
-    return all(k.first and all(_of_queue(x, queue) for x in k.limits) for k in dropped)
+    limits = [lift.kept[i].limit for i in steps[: steps.index(queue.ids)]]
+    return all(limit is not None and _of_queue(limit, queue) for limit in limits)
 
 
 def _joint(lift: Lift, near: Node, parts: Sequence[Node]) -> Node | None:
@@ -358,7 +422,7 @@ def _joint(lift: Lift, near: Node, parts: Sequence[Node]) -> Node | None:
     if any(len(shape(p)) != 1 or dtype(p) != dtype(parts[0]) for p in parts):
         return None
     like = value(parts[0]).new_empty((shape(parts[0])[0], len(parts)))
-    return lift.make(near, aten.stack.default, (list(parts), -1), like, tuple(parts))
+    return lift.make(aten.stack.default, (list(parts), -1), like, tuple(parts))
 
 
 def _combined(lift: Lift, node: Node, parts: tuple[OneHot, ...], rows: Rows) -> Value | None:
@@ -444,9 +508,13 @@ def _same(a: Node, b: Node) -> bool:
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::einsum": (einsum,),
-    "aten::mul": (multiply,),
+    "aten::mul": (multiply, weigh_by_scores),
     "aten::bmm": (contract,),
-    "aten::matmul": (contract,),
+    "aten::matmul": (contract, apply_flat),
+    "aten::mm": (apply_flat,),
+    "aten::view": (flatten,),
+    "aten::reshape": (flatten,),
+    "aten::flatten": (flatten,),
     "aten::sum": (over_slots,),
     "aten::gt": (not_zero,),
     "aten::ne": (not_zero,),
@@ -456,6 +524,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::add": (add,),
     "aten::permute": (rename,),
     "aten::transpose": (rename,),
+    "aten::t": (rename,),
+    "aten::mT": (rename,),
     "aten::select": (of_expert,),
     "aten::unbind": (of_expert,),
     "aten::chunk": (of_expert,),

@@ -11,7 +11,7 @@ that they hold 0 and 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -76,7 +76,8 @@ def descends(lift: Lift, ids: Node, parent: Node) -> bool:
 
 def limits_of(lift: Lift, ids: Node) -> frozenset[Limit]:
     """What is known of the places of all pairs that are left."""
-    return frozenset(limit for at in chain(lift, ids) if at in lift.kept for limit in lift.kept[at].limits)
+    steps = (lift.kept[at].limit for at in chain(lift, ids) if at in lift.kept)
+    return frozenset(limit for limit in steps if limit is not None)
 
 
 def keeps(lift: Lift, node: object) -> bool:
@@ -95,15 +96,40 @@ def keeps(lift: Lift, node: object) -> bool:
     return False
 
 
-def restrict(lift: Lift, ids: Node, kept: Node, limits: frozenset[Limit], made_of: Node) -> Node:
-    """where(kept, ids, -1) as a value of the graph: `kept`, of the ids' shape, was made of `made_of`."""
-    sources = (ids,) if origin(lift, ids) in ancestors([made_of]) else (ids, made_of)
-    made = lift.make(kept, aten.where.ScalarOther, (kept, ids, -1), value(ids), sources)
-    lift.kept[made] = Kept(ids, limits, first=isinstance(lift.of(made_of), Within) and bool(limits))
-    return made
+def dropped(
+    lift: Lift, ids: Node, node: Node, axes: str, mask: Node, limit: Limit | None = None
+) -> Node | None:
+    """The ids, −1 for the pairs of which `node` holds nothing but 0 along E and C; None if it has other rows.
+
+    `mask` is what decides it, a limit if it is one for these ids; one mask gives one value, however often it is
+    applied.
+    """
+    key = (ids, limit or _bare(mask, axes))
+    if key not in lift.restricted:
+        kept = _pairs(lift, node, axes, ids)
+        if kept is None:
+            return None
+        sources = (ids,) if origin(lift, ids) in ancestors([mask]) else (ids, mask)
+        made = lift.make(aten.where.ScalarOther, (kept, ids, -1), value(ids), sources)
+        lift.kept[made] = Kept(ids, limit)
+        lift.restricted[key] = made
+    return lift.restricted[key]
 
 
-def pairs_kept(lift: Lift, node: Node, axes: str, ids: Node) -> Node | None:
+def _bare(mask: Node, axes: str) -> tuple[Node, str]:
+    """A mask without casts and dimensions of size 1, and the names of its dimensions among `axes`."""
+    names = axes[len(axes) - len(shape(mask)) :]
+    while operator_name(mask) == "aten::unsqueeze" or mask.target in CASTS | COPIES:
+        if operator_name(mask) == "aten::unsqueeze":
+            at = argument(mask, "dim") % len(names)
+            names = names[:at] + names[at + 1 :]
+        below = mask.args[0]
+        assert isinstance(below, Node)
+        mask = below
+    return mask, names
+
+
+def _pairs(lift: Lift, node: Node, axes: str, ids: Node) -> Node | None:
     """A truth a pair, of the ids' shape: whether `node` holds anything but 0 for it along E and C."""
     left, at = axes, node
     for letter in "EC":
@@ -130,7 +156,7 @@ def pairs_kept(lift: Lift, node: Node, axes: str, ids: Node) -> Node | None:
 def _truth(
     lift: Lift, after: Node, op: torch._ops.OpOverload, args: tuple[Argument, ...], sizes: tuple[Size, ...]
 ) -> Node:
-    return lift.make(after, op, args, value(after).new_empty(sizes, dtype=torch.bool), (after,))
+    return lift.make(op, args, value(after).new_empty(sizes, dtype=torch.bool), (after,))
 
 
 def keep(lift: Lift, node: Node) -> Value | None:
@@ -144,23 +170,15 @@ def keep(lift: Lift, node: Node) -> Value | None:
         if not keeps(lift, mask) or not _same(node, source):
             continue
         assert isinstance(mask, Node)
-        kept = pairs_kept(lift, node, hot.axes, hot.ids)
-        if kept is None:
-            return None
-        ids = restrict(lift, hot.ids, kept, _limits(lift, mask, hot), mask)
-        return replace(hot, ids=ids)
+        found = lift.of(mask)
+        known = isinstance(found, (Flags, Within)) and aligned(found.axes, hot.axes)
+        if isinstance(found, Flags) and known and descends(lift, found.ids, hot.ids):
+            return replace(hot, ids=found.ids)
+        of_these = isinstance(found, Within) and known and descends(lift, hot.ids, found.of)
+        limit = found.limit if isinstance(found, Within) and of_these else None
+        ids = dropped(lift, hot.ids, node, hot.axes, mask, limit)
+        return None if ids is None else replace(hot, ids=ids)
     return None
-
-
-def _limits(lift: Lift, mask: Node, hot: OneHot) -> frozenset[Limit]:
-    """What a mask says of the places of the pairs it keeps, where its dimensions are those of the one-hot."""
-    found = lift.of(mask)
-    if not isinstance(found, (Within, Flags)) or not aligned(found.axes, hot.axes):
-        return frozenset()
-    if isinstance(found, Flags):
-        same = origin(lift, found.ids) is origin(lift, hot.ids)
-        return limits_of(lift, found.ids) if same else frozenset()
-    return frozenset({found.limit}) if descends(lift, hot.ids, found.of) else frozenset()
 
 
 def aligned(small: str, large: str) -> bool:
@@ -198,6 +216,16 @@ def keep_weights(lift: Lift, node: Node) -> Value | None:
     return None
 
 
+def pair_number(node: Node, axes: str) -> Node | None:
+    """The number a pair under the dimensions of size 1 that put it on `axes`."""
+    while axes.endswith("1") and operator_name(node) == "aten::unsqueeze":
+        below = node.args[0]
+        if argument(node, "dim") not in (-1, len(axes) - 1) or not isinstance(below, Node):
+            return None
+        node, axes = below, axes[:-1]
+    return node if len(shape(node)) == len(axes) else None
+
+
 def select_weights(lift: Lift, node: Node) -> Value | None:
     """where(kept, w, 0)."""
     if len(node.args) != 3:
@@ -215,13 +243,21 @@ def select_weights(lift: Lift, node: Node) -> Value | None:
 
 
 def _kept_weights(lift: Lift, weight: Node, mask: Node, found: Flags | Within) -> Value | None:
+    before, number = lift.of(weight), pair_number(weight, found.axes)
     if isinstance(found, Flags):
-        return KeptWeights(found.ids, weight, found.axes)
-    kept = pairs_kept(lift, mask, found.axes, found.of)
-    if kept is None:
-        return None
-    ids = restrict(lift, found.of, kept, frozenset({found.limit}), mask)
-    return KeptWeights(ids, weight, found.axes)
+        ids: Node | None = found.ids
+    else:
+        ids = dropped(lift, found.of, mask, found.axes, mask, found.limit)
+    if isinstance(before, KeptWeights) and ids is not None:
+        number = before.weight if before.axes == found.axes else None
+        ids = deeper(lift, [ids, before.ids])
+    return None if ids is None or number is None else KeptWeights(ids, number, found.axes)
+
+
+def deeper(lift: Lift, several: Sequence[Node]) -> Node | None:
+    """Of ids each made of another by dropping pairs, those with the fewest left; else None."""
+    fewest = max(several, key=lambda ids: len(list(chain(lift, ids))))
+    return fewest if all(descends(lift, fewest, ids) for ids in several) else None
 
 
 def cast_weights(lift: Lift, node: Node) -> Value | None:
@@ -230,7 +266,7 @@ def cast_weights(lift: Lift, node: Node) -> Value | None:
     if not isinstance(found, KeptWeights) or not value(node).is_floating_point():
         return None
     cast = value(found.weight).to(dtype(node))
-    weight = lift.make(node, aten.to.dtype, (found.weight, dtype(node)), cast, (found.weight,))
+    weight = lift.make(aten.to.dtype, (found.weight, dtype(node)), cast, (found.weight,))
     return replace(found, weight=weight)
 
 

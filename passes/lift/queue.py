@@ -18,9 +18,9 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import CASTS, COPIES, VIEWS, Size, dtype, is_tensor, same_size, shape, value
 from dsmoe_compiler.passes.lift.axes import pair_axes
-from dsmoe_compiler.passes.lift.kept import descends, keeps, pairs_kept, restrict
+from dsmoe_compiler.passes.lift.kept import descends, dropped, keeps
 from dsmoe_compiler.passes.lift.state import Lift, Rule, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Flags,
@@ -139,13 +139,40 @@ def place_at_id(lift: Lift, node: Node) -> Value | None:
         return None
     if argument(node, "dim") not in (-1, len(queue.axes) - 1) or not same_size(shape(index)[-1], 1):
         return None
-    below = index
-    if pair_axes(queue.ids) == queue.axes[:-1]:
-        below = index.args[0] if operator_name(index) == "aten::unsqueeze" else None
-    root = lift.ids_root(below) if isinstance(below, Node) else None
-    own = root is not None and root[0] is queue.ids and len(shape(index)) == len(queue.axes)
-    fits = queue.axes[:-1] in (pair_axes(queue.ids), pair_axes(queue.ids).replace("K", ""))
-    return Place(queue, queue.ids, queue.axes.replace("E", "1")) if own and fits else None
+    own = _ids_on(lift, index, queue.axes.replace("E", "1"))
+    return Place(queue, queue.ids, queue.axes.replace("E", "1")) if own is queue.ids else None
+
+
+def _ids_on(lift: Lift, node: object, axes: str) -> Node | None:
+    """The ids under a view that puts them on `axes`; None where they are not on these."""
+    names = ""
+    while isinstance(node, Node) and node.op == "call_function" and is_tensor(node):
+        name, below = operator_name(node), node.args[0]
+        if name == "aten::unsqueeze" and axes.endswith("1") and argument(node, "dim") in (-1, len(axes) - 1):
+            axes = axes[:-1]
+        elif node.target in VIEWS and axes.endswith("1") and len(shape(node)) == 2 and axes[0] in "PQ":
+            axes = axes[:-1]
+            continue
+        elif node.target in VIEWS and axes in ("P", "Q"):
+            axes = {"P": "TK", "Q": "KT"}[axes]
+        elif axes == "KT" and renamed(node, "TK") == "KT" and name != "aten::unsqueeze":
+            axes = "TK"
+        elif node.target not in CASTS | COPIES:
+            break
+        node = below
+    root = lift.ids_root(node) if isinstance(node, Node) else None
+    names = pair_axes(root[0]) if root is not None else ""
+    return root[0] if root is not None and root[0] is node and names == axes else None
+
+
+def one_hot_by_slot(lift: Lift, node: Node) -> Value | None:
+    """one_hot of the ids slot by slot: ids.t(), ids.t().reshape(-1)."""
+    experts = argument(node, "num_classes")
+    if not isinstance(experts, int) or experts <= 0:
+        return None
+    axes = {1: "Q", 2: "KT"}.get(len(shape(node)) - 1)
+    ids = _ids_on(lift, node.args[0], axes) if axes else None
+    return None if ids is None or axes is None else OneHot(ids, experts, None, axes + "E")
 
 
 def within(lift: Lift, node: Node) -> Value | None:
@@ -162,7 +189,7 @@ def within(lift: Lift, node: Node) -> Value | None:
     if isinstance(found, Place) and found.most is not None:
         return None
     axes = found.axes if isinstance(found, Place) else queue.axes
-    return Within(Limit(queue.ids, queue.start, queue.before, most), of, axes)
+    return Within(Limit(queue.ids, queue.before, most - queue.start), of, axes)
 
 
 def _whole(lift: Lift, size: object) -> sympy.Expr | None:
@@ -197,12 +224,10 @@ def mask_place(lift: Lift, node: Node) -> Value | None:
         found = lift.of(mask)
         if isinstance(found, Flags) and found.axes == place.axes and descends(lift, found.ids, place.of):
             return replace(place, of=found.ids)
-        kept = pairs_kept(lift, mask, place.axes, place.of)
-        if kept is None:
-            return None
         known = isinstance(found, Within) and found.axes == place.axes and descends(lift, place.of, found.of)
-        limits = frozenset({found.limit}) if known and isinstance(found, Within) else frozenset[Limit]()
-        return replace(place, of=restrict(lift, place.of, kept, limits, mask))
+        limit = found.limit if known and isinstance(found, Within) else None
+        ids = dropped(lift, place.of, mask, place.axes, mask, limit)
+        return None if ids is None else replace(place, of=ids)
     return None
 
 
@@ -278,20 +303,34 @@ def view(lift: Lift, node: Node) -> Value | None:
     ids = found.ids if isinstance(found, (OneHot, Queue)) else found.of
     source = node.args[0]
     assert isinstance(source, Node)
-    axes = _joined(found.axes, shape(source), shape(node), shape(ids)[-1])
-    return replace(found, axes=axes) if axes is not None and pair_axes(ids) == "TK" else None
+    if pair_axes(ids) != "TK" or any(a not in "TKPQE1" for a in found.axes):
+        return None
+    sizes = dict(zip(found.axes, shape(source), strict=True)) | dict(zip("TK", shape(ids), strict=True))
+    axes = _viewed(found.axes.replace("1", ""), sizes, shape(node))
+    return replace(found, axes=axes) if axes is not None else None
 
 
-def _joined(axes: str, old: tuple[object, ...], new: tuple[object, ...], slots: object) -> str | None:
-    if len(old) == len(new) and all(map(same_size, old, new)):  # type: ignore[arg-type]
-        return axes
-    rest = axes.removeprefix(axes[:2])
+def _viewed(axes: str, sizes: dict[str, Size], new: tuple[Size, ...]) -> str | None:
+    """The names of the new dimensions: the same ones, two joined or one taken apart, and sizes of 1."""
+    sizes |= {"P": sizes["T"] * sizes["K"], "Q": sizes["K"] * sizes["T"]}
+    several = [axes]
     for apart, joined in (("KT", "Q"), ("TK", "P")):
-        if axes[:2] == apart and len(new) == len(old) - 1 and all(map(same_size, new[1:], old[2:])):  # type: ignore[arg-type]
-            return joined + rest
-        if axes[:1] == joined and len(new) == len(old) + 1 and all(map(same_size, new[2:], old[1:])):  # type: ignore[arg-type]
-            return apart + axes[1:] if same_size(new[apart.index("K")], slots) else None  # type: ignore[arg-type]
-    return None
+        several += [joined + axes[2:]] if axes[:2] == apart else []
+        several += [apart + axes[1:]] if axes[:1] == joined else []
+    return next((names for a in several if (names := _named(a, sizes, new)) is not None), None)
+
+
+def _named(axes: str, sizes: dict[str, Size], new: tuple[Size, ...]) -> str | None:
+    """The names on sizes, in their order, with "1" where a size is 1 and no name is left for it."""
+    names, left = "", axes
+    for i, size in enumerate(new):
+        if left and same_size(size, sizes[left[0]]) and len(new) - i >= len(left):
+            names, left = names + left[0], left[1:]
+        elif same_size(size, 1):
+            names += "1"
+        else:
+            return None
+    return None if left else names
 
 
 def _same(a: Node, b: Node) -> bool:
@@ -311,7 +350,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::le": (within,),
     "aten::clamp": (bound,),
     "aten::clamp_max": (bound,),
-    "aten::one_hot": (one_hot,),
+    "aten::one_hot": (one_hot, one_hot_by_slot),
     "aten::eq": (compare,),
     "aten::to": (cast,),
     "aten::_to_copy": (cast,),
