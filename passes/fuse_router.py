@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 from torch.fx import Node
 
 from dsmoe_compiler.ir import ops
-from dsmoe_compiler.ir.errors import Refusal
 from dsmoe_compiler.ir.graph import (
     CASTS,
     ProgramGraph,
@@ -25,11 +24,11 @@ from dsmoe_compiler.ir.graph import (
     is_tensor,
     same_size,
     shape,
-    source,
     through,
 )
 from dsmoe_compiler.ir.passes import PassLog, Replacement
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, RouterSpec, parse
+from dsmoe_compiler.passes.lift.explain import refusal_at
 from dsmoe_compiler.passes.lift.state import argument, operator_name, row_base, uncast_rows
 from dsmoe_compiler.passes.region import RESHAPES, first_overwritten, same_rows
 
@@ -64,9 +63,8 @@ class FuseRouter:
             try:
                 new, spec, inputs = _fused(graph, node)
             except _Unknown as e:
-                where = source(e.node, facts.name if facts else "")
                 name = facts.name if facts else node.name
-                log.remark(name, "router as written", Refusal(e.code, e.because, e.node.name, where))
+                log.remark(name, "router as written", refusal_at(e.code, e.because, e.node, name))
                 continue
             name = facts.name if facts else node.name
             log.replace(Replacement(name, node, new, inputs, "R203"))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.text import Text
 
+from dsmoe_compiler.report.explained import Alike, Kind, page
 from dsmoe_compiler.report.grid import GAP, Grid, Row
 from dsmoe_compiler.report.report import Report
 from dsmoe_compiler.report.story import tell
+from dsmoe_compiler.report.text import WIDTH
 
 WIDEST = 120  # a map wider than this is harder to read, not easier
 
@@ -41,6 +43,24 @@ def print_report(to: Console, report: Report) -> None:
         if grid:
             print_grid(to, grid)
         print_lines(to, lines, style="dim")
+
+
+# Colours of an explanation's lines, by what they are.
+_STYLES: dict[Kind, str] = {
+    "title": "bold cyan",
+    "refused": "bold yellow",
+    "fused": "bold green",
+    "heading": "bold",
+    "code": "green",
+    "aside": "dim",
+}
+
+
+def print_explanation(to: Console, report: Report, alike: Sequence[Alike]) -> None:
+    """Why these layers of a report were refused, or how they were understood."""
+    width = min(to.width, WIDEST) if to.is_terminal else WIDTH
+    for line in page(report, alike, width):
+        to.print(Text(line.text, style=_STYLES.get(line.kind, "") if to.is_terminal else ""))
 
 
 def print_grid(to: Console, grid: Grid) -> None:

@@ -25,7 +25,9 @@ class Moment:
 
 @dataclass(frozen=True)
 class Spelling:
-    """A way to write a layer that is understood: its name, how it is written, and what it needs to fuse."""
+    """A way to write a layer that is understood: its name, how it is written (a few lines of code, without
+    what is obvious), and what it needs to fuse.
+    """
 
     name: str
     written: str

@@ -173,7 +173,7 @@ def source(node: Node, module: str = "") -> str:
     """
     owner, stack = defining_file(node, module), stack_of(node)
     chosen = [f for f in stack if f.path == owner] or stack
-    return str(chosen[-1]) if chosen else ""
+    return str(chosen[-1].shown) if chosen else ""
 
 
 def defining_file(node: Node, module: str) -> str:

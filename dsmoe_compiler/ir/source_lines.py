@@ -15,30 +15,52 @@ _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", 
 
 @dataclass(frozen=True)
 class SourceLine:
-    """A line of code, the function it is in, and its text ("" where capture did not keep it)."""
+    """A line of code, the function it is in, and its text ("" where capture did not keep it).
 
-    path: str
+    `file` is the file's name without its folder; an `installed` one is a library's, not the user's to change.
+    """
+
+    file: str
     line: int
     function: str = ""
     text: str = ""
-
-    @property
-    def in_library(self) -> bool:
-        """Whether the file was installed: it is not the user's to change."""
-        return self.path.startswith(_LIBRARIES)
+    installed: bool = False
 
     def __str__(self) -> str:
-        return f"{Path(self.path).name}:{self.line}"
+        return f"{self.file}:{self.line}"
 
 
-def stack_of(node: Node) -> tuple[SourceLine, ...]:
+@dataclass(frozen=True)
+class Frame:
+    """A line as capture recorded it: with the whole path of its file."""
+
+    path: str
+    line: int
+    function: str
+    text: str
+
+    @property
+    def installed(self) -> bool:
+        """Whether the file lies where libraries are installed."""
+        return _is_installed(self.path)
+
+    @property
+    def shown(self) -> SourceLine:
+        """What a reader sees of it."""
+        return SourceLine(Path(self.path).name, self.line, self.function, self.text, self.installed)
+
+
+def _is_installed(path: str) -> bool:
+    return path.startswith(_LIBRARIES)
+
+
+def stack_of(node: Node) -> tuple[Frame, ...]:
     """The calls that made the value, outermost first; torch's own left out unless there are no others."""
-    lines, found = (node.meta.get("stack_trace") or "").splitlines(), list[SourceLine]()
+    lines, found = (node.meta.get("stack_trace") or "").splitlines(), list[Frame]()
     for line, below in zip(lines, [*lines[1:], ""], strict=True):
         if (frame := _FRAME.fullmatch(line)) is not None:
             text = "" if _FRAME.fullmatch(below) else below.strip()
-            function = frame["function"] or ""
-            found.append(SourceLine(frame["file"], int(frame["line"]), function, text))
+            found.append(Frame(frame["file"], int(frame["line"]), frame["function"] or "", text))
     return tuple(f for f in found if "/torch/" not in f.path and not f.path.startswith("torch/")) or tuple(
         found
     )
@@ -51,13 +73,13 @@ def own_line(node: Node, owner: str = "") -> SourceLine | None:
     library's: then the innermost line of that file.
     """
     stack = stack_of(node)
-    of_user = [] if SourceLine(owner, 0).in_library else [f for f in stack if not f.in_library]
+    of_user = [] if _is_installed(owner) else [f for f in stack if not f.installed]
     chosen = of_user or [f for f in stack if f.path == owner] or list(stack)
-    return chosen[-1] if chosen else None
+    return chosen[-1].shown if chosen else None
 
 
 def last_calls(node: Node) -> tuple[SourceLine, ...]:
     """The innermost forward behind a value and the functions that it called, outermost first."""
     stack = stack_of(node)
     forwards = [i for i, frame in enumerate(stack) if frame.function == "forward"]
-    return stack[forwards[-1] if forwards else 0 :]
+    return tuple(frame.shown for frame in stack[forwards[-1] if forwards else 0 :])

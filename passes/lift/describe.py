@@ -60,8 +60,15 @@ def _rows(lift: Lift, rows: Rows) -> str:
     text = formula(lift.terms, rows.term, _tensors(lift))
     if rows.is_matrix:
         sizes = " x ".join(str(s) for s in rows.trail if s != 1)
-        return f"{rows_of(rows.domain)}, each the matrix {text} of its expert, {sizes}"
+        return f"{rows_of(rows.domain)}: the matrix {text}, {sizes}"
+    if of_weights_alone(lift, rows):
+        return f"routing weights of {rows.domain.words}: {text}"
     return f"{rows_of(rows.domain)}: {text}, width {rows.width}"
+
+
+def of_weights_alone(lift: Lift, rows: Rows) -> bool:
+    """Whether rows are made of nothing but routing weights: neither tokens nor experts are in them."""
+    return not any(lift.terms.leaves(rows.term, op) for op in ("token", "expert", "own"))
 
 
 def _tensors(lift: Lift) -> Mapping[str, str]:

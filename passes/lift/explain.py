@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from dsmoe_compiler.ir.graph import (
     module_path,
 )
 from dsmoe_compiler.ir.source_lines import last_calls, own_line
-from dsmoe_compiler.passes.lift.describe import describe
+from dsmoe_compiler.passes.lift.describe import describe, of_weights_alone
 from dsmoe_compiler.passes.lift.discover import Selection, selectors_of
 from dsmoe_compiler.passes.lift.known_spellings import nearest
 from dsmoe_compiler.passes.lift.losses import Lost, ids_in
@@ -55,7 +56,7 @@ class Explainer:
         """The same of a layer that was understood, and is nothing the op could be."""
         last = self.lift.meaning.get(combine)
         lost = Lost(None, combine, code, because, None if last is None else (combine, last))
-        return self._of_loss(lost, selector)
+        return self._of_loss(lost, selector, code)
 
     def refused(self, selection: Selection) -> tuple[Refusal, Explanation]:
         """Why nobody combined what a selection chose: the first loss on its own ids says so."""
@@ -69,17 +70,24 @@ class Explainer:
             return refusal, Explanation(moments, (), REMEDIES["R410"])
         code, because = self._reason(lost)
         refusal = refusal_at(code, because, lost.node, selection.name)
-        return refusal, self._of_loss(lost, selection.selector)
+        return refusal, self._of_loss(lost, selection.selector, code)
 
-    def _of_loss(self, lost: Lost, selector: Node | None) -> Explanation:
+    def _of_loss(self, lost: Lost, selector: Node | None, code: str) -> Explanation:
         end = list[Moment]()
         if lost.last is not None:
             end.append(self._moment("last understood", lost.last[0]))
         end += [self._moment("beside it", a) for a in self._beside(lost)[:1]]
+        end += self._named(lost)
         end.append(Moment("lost", operator_name(lost.node), lost.node.name, "", last_calls(lost.node)))
         starts = lost.node.all_input_nodes if lost.last is None else [lost.last[0]]
         known = () if lost.last is None else nearest(lost.last[1])
-        return Explanation(self._moments(selector, starts, end), known, remedy_of(self.lift, lost))
+        return Explanation(self._moments(selector, starts, end), known, remedy_of(self.lift, lost, code))
+
+    def _named(self, lost: Lost) -> list[Moment]:
+        """The values that the reason calls by their names."""
+        names = dict.fromkeys(re.findall(r"%(\w+)", lost.because))
+        nodes = {node.name: node for node in self.order if node.name in names}
+        return [self._moment(f"%{name}", nodes[name]) for name in names if name in nodes]
 
     def _moments(
         self, selector: Node | None, starts: Iterable[Node], end: list[Moment]
@@ -165,7 +173,7 @@ class Explainer:
         if lost.because:
             return lost.code, lost.because
         assert lost.last is not None
-        if not isinstance(lost.last[1], Rows):
+        if not isinstance(lost.last[1], Rows) or of_weights_alone(self.lift, lost.last[1]):
             because = f"{operator} is not known on routing values: {describe(self.lift, lost.last[1])}"
             return "R410", because
         rows = [r for a in lost.node.all_input_nodes if (r := self.lift.rows(a)) is not None]

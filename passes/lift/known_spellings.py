@@ -8,45 +8,51 @@ from dsmoe_compiler.passes.lift.values import Capacity, Everywhere, OneExpert, P
 
 SORTED = Spelling(
     "sorted, grouped GEMM",
-    "perm = ids.view(-1).argsort(); y = grouped_mm(x[perm // K], W, offsets); (y * "
-    "w.view(-1)[perm])[perm.argsort()].view(T, K, D).sum(1)",
-    "offsets that count the ids that were sorted, tokens at perm // K, the inverse of the same permutation "
-    "before the sum over the slots (or index_add onto zeros at perm // K)",
+    "perm = ids.view(-1).argsort()\n"
+    "y = grouped_mm(x[perm // K], W, offsets) * w.view(-1)[perm].unsqueeze(-1)\n"
+    "out = y[perm.argsort()].view(T, K, D).sum(1)",
+    "offsets that count the ids that were sorted, tokens at perm // K, and the inverse of the same "
+    "permutation before the sum over the slots (or index_add onto zeros at perm // K)",
 )
 GATHERED = Spelling(
     "gathered weights, batched GEMM",
-    "y = bmm(W[ids.view(-1)], x.repeat_interleave(K, 0)); (y * w).view(T, K, D).sum(1)",
+    "y = bmm(W[ids.view(-1)], x.repeat_interleave(K, 0).unsqueeze(-1)).squeeze(-1)\n"
+    "out = (y * w.view(-1, 1)).view(T, K, D).sum(1)",
     "each row multiplied by the tensors of its own expert, and a sum over the slots",
 )
 LOOP = Spelling(
     "loop over experts",
-    "for e: tokens, slots = where(ids == e); out.index_add_(0, tokens, expert_e(x[tokens]) * w[tokens, "
-    "slots])",
-    "every expert visited once, all of them the same operators on tensors of their own, their rows added "
-    "to their own tokens, from zeros or a value of the same shape on",
+    "tokens, slots = where(ids == e)\n"
+    "out.index_add_(0, tokens, expert_e(x[tokens]) * w[tokens, slots, None])",
+    "every expert visited once, all of them the same operators on tensors of their own, and their rows "
+    "added to their own tokens",
 )
 SEGMENTS = Spelling(
     "sorted rows cut by counts",
-    "rows = x[perm // K]; y = cat([expert_e(rows[start_e:end_e]) for e]); y[perm.argsort()] or out[perm] = y",
-    "the counts of the ids that were sorted, every expert's segment in order, rows brought back to their "
-    "pairs",
+    "rows, counts = x[perm // K], bincount(ids).tolist()\n"
+    "y = cat([expert_e(rows_e) for rows_e in rows.split(counts)])\n"
+    "out[perm] = y",
+    "the counts of the ids that were sorted, every expert's segment in order, and rows brought back to "
+    "their pairs before the sum over the slots",
 )
 DENSE = Spelling(
     "dense, weights zeroed",
-    "dense = zeros(T, E).scatter(1, ids, w); einsum('te,etd->td', dense, every expert on every token)",
+    'dense = zeros(T, E).scatter(1, ids, w)\nout = einsum("te,etd->td", dense, every expert on every token)',
     "ids that differ within a token, weights that are 0 off the ids, and nothing after them that is not 0 "
     "there",
 )
 DENSE_GATHERED = Spelling(
     "dense, rows gathered",
-    "every = stack([expert(x) for expert in experts], 1); (every.gather(1, ids) * w).sum(1)",
+    "every = stack([expert(x) for expert in experts], 1)\n"
+    "out = (every.gather(1, ids.unsqueeze(-1).expand(-1, -1, D)) * w.unsqueeze(-1)).sum(1)",
     "experts of the same operators on one value, and the pairs' rows picked at the ids",
 )
 CAPACITY = Spelling(
     "capacity, one-hot dispatch",
-    "place = cumsum(one_hot(ids)) - 1; einsum('tec,td->ecd', dispatch, x), experts, einsum('tec,ecd->td', "
-    "combine, y)",
-    "places counted in the experts' queues, no two pairs in one place, the same pairs dispatched and "
+    "place = cumsum(one_hot(ids)) - 1\n"
+    'rows = einsum("tec,td->ecd", dispatch, x)\n'
+    'out = einsum("tec,ecd->td", combine, experts(rows))',
+    "places counted in the experts' queues, no two pairs in one place, and the same pairs dispatched and "
     "combined",
 )
 SPELLINGS = (SORTED, GATHERED, LOOP, SEGMENTS, DENSE, DENSE_GATHERED, CAPACITY)

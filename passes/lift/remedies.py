@@ -6,6 +6,7 @@ from torch.fx import Node
 
 from dsmoe_compiler.ir.errors import REMEDIES
 from dsmoe_compiler.ir.graph import is_tensor
+from dsmoe_compiler.passes.lift import values
 from dsmoe_compiler.passes.lift.gather import is_pair_shaped
 from dsmoe_compiler.passes.lift.losses import Lost
 from dsmoe_compiler.passes.lift.state import Lift, operator_name
@@ -32,13 +33,29 @@ _OF_OPERATOR: dict[tuple[str, str], str] = {
 }
 
 
-def remedy_of(lift: Lift, lost: Lost) -> str:
-    """One sentence: what to write instead."""
+# Where routing values met an operator that is not known, by what they are.
+_OF_ROUTING: dict[type, str] = {
+    values.Permutation: "from the permutation take tokens as perm // K, weights as w.view(-1)[perm], and the "
+    "way back as perm.argsort()",
+    values.Mask: "take a mask's rows by x[mask] or where(mask)",
+    values.Outside: "take the rows of the pairs that chose the expert: by ids == e, not by ids != e",
+    values.Counts: "cumulate the counts into offsets, or cut the sorted rows by them on the host",
+    values.Column: "let the column of an expert's weights meet the expert's rows in one product",
+    values.TokenOf: "index tokens and weights by the whole list of an expert's tokens",
+    values.OneHot: "take an expert's mask from the one-hot, weigh it and sum it over the slots, or count "
+    "places in it by one cumsum over all pairs",
+}
+
+
+def remedy_of(lift: Lift, lost: Lost, code: str) -> str:
+    """One sentence: what to write instead. `code` is that of the refusal."""
     operator = operator_name(lost.node)
     found = lost.last[1] if lost.last is not None else None
-    if lost.code == "R301" and not lost.because and isinstance(found, Rows):
+    if code == "R410":
+        return _OF_ROUTING.get(type(found), REMEDIES[code])
+    if code == "R301" and not lost.because and isinstance(found, Rows):
         return _of_rows(lift, lost.node, operator, found)
-    return _OF_OPERATOR.get((lost.code, operator), REMEDIES[lost.code])
+    return _OF_OPERATOR.get((code, operator), REMEDIES[code])
 
 
 def _of_rows(lift: Lift, node: Node, operator: str, rows: Rows) -> str:
