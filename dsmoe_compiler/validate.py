@@ -196,7 +196,7 @@ def _number(size: int | torch.SymInt, sizes: Sizes) -> int:
 
 def _routings(change: Replacement, sizes: Sizes, generator: torch.Generator) -> Iterator[dict[Node, Tensor]]:
     """Inputs under several routings; where the ids are computed from x, x itself is what varies."""
-    experts = _experts(change.new)
+    experts, alone = _experts(change.new), _one_id(change.new)
     for kind in ("random", "skewed", "half empty"):
         inputs: dict[Node, Tensor] = {}
         for node in change.inputs:
@@ -207,7 +207,7 @@ def _routings(change: Replacement, sizes: Sizes, generator: torch.Generator) -> 
                 if kind == "skewed" and len(change.inputs) == 1:
                     made = made[:1] + 0.05 * made
             else:
-                made = _ids(kind, dims, experts, generator)
+                made = _ids(kind, [*dims, 1] if alone else dims, experts, generator).reshape(dims)
             inputs[node] = made.to(example.dtype).to(example.device)
         yield inputs
 
@@ -220,12 +220,23 @@ def _ids(kind: str, dims: list[int], experts: int, generator: torch.Generator) -
     return ranks[:, :slots].reshape(dims).contiguous()
 
 
-def _experts(new: Node) -> int:
+def _op(new: Node) -> Node:
     node = new
     while node.target not in (ops.EXPERTS, ops.MOE):
         below = node.args[0]
         assert isinstance(below, Node), f"{new} holds no fused op"
         node = below
+    return node
+
+
+def _one_id(new: Node) -> bool:
+    """Whether the op reads one id a token, so that the ids' own dimensions are all of tokens."""
+    ids = _op(new).args[1]
+    return _op(new).target is ops.EXPERTS and isinstance(ids, Node) and shape(ids)[1] == 1
+
+
+def _experts(new: Node) -> int:
+    node = _op(new)
     text = str(node.args[-1])
     return (parse(text, ExpertsSpec) if node.target is ops.EXPERTS else parse(text, MoESpec).experts).count
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,6 +21,7 @@ from dsmoe_compiler.ir.graph import (
     Size,
     aten,
     common_module,
+    depends_on_data,
     dtype,
     same_size,
     shape,
@@ -30,19 +33,23 @@ from dsmoe_compiler.ir.spec import DTYPES, ExpertsSpec, MoESpec, to_text
 from dsmoe_compiler.passes.lift import (
     accumulate,
     combine,
+    coordinates,
     dense,
     every_expert,
     gather,
+    masks,
     one_expert,
     permutation,
     product,
     rowwise,
     segments,
+    weights,
 )
+from dsmoe_compiler.passes.lift.axes import count_tokens
 from dsmoe_compiler.passes.lift.discover import Selection, find_selections, selectors_of
 from dsmoe_compiler.passes.lift.ranges import inside, never_negative
 from dsmoe_compiler.passes.lift.explain import Explainer, refusal_at
-from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven
+from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, has_slots, row_base
 from dsmoe_compiler.passes.lift.values import Combined, DenseSum, Everywhere, Offsets, OneExpert, Pairs
 from dsmoe_compiler.passes.region import size_arguments
 
@@ -51,6 +58,9 @@ _FLOATS = frozenset(getattr(torch, name) for name in DTYPES)
 _FAMILIES = (
     permutation.RULES,
     dense.RULES,
+    masks.RULES,
+    coordinates.RULES,
+    weights.RULES,
     one_expert.RULES,
     segments.RULES,
     accumulate.RULES,
@@ -237,12 +247,15 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
         raise Unproven("R302", "the layer's weights are not all indexed by the same experts")
     x = lift.tokens[str(tokens[0].attrs[0])]
     x = standing.get(x, x)
-    experts, hidden, slots = params[0].count, shape(x)[-1], shape(ids)[-1] if len(shape(ids)) > 1 else 1
+    experts, hidden, slots = params[0].count, shape(x)[-1], shape(ids)[-1] if has_slots(ids) else 1
     assert isinstance(experts, int) and isinstance(hidden, int) and isinstance(slots, int)
-    if not same_size(shape(x)[0], _count(ids)):
-        raise Unproven(
-            "R303", f"the experts read {shape(x)[0]} rows where the ids are those of {_count(ids)} tokens"
-        )
+    tokens_of_ids, added = count_tokens(ids), _rows(node)
+    if not same_size(_rows(x), tokens_of_ids):
+        because = f"the experts read {_rows(x)} rows where the ids are those of {tokens_of_ids} tokens"
+        raise Unproven("R303", because)
+    if not same_size(added, tokens_of_ids) and not depends_on_data(added):
+        because = f"the experts' rows are added to {added} rows, the ids are those of {tokens_of_ids} tokens"
+        raise Unproven("R303", because)
     old = _through_cast(node)
     rename = {tokens[0]: Step("x")}
     rename |= {s: Step("w") for s in terms.leaves(term, "pair")}
@@ -252,13 +265,9 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
     return _emit(lift, node, old, x, ids, pairs, params, spec, slots, found)
 
 
-def _count(ids: Node) -> Size:
-    """T: the product of the ids' sizes without their last."""
-    sizes = shape(ids)
-    tokens: Size = 1
-    for size in sizes[:-1] if len(sizes) > 1 else sizes:
-        tokens = tokens * size
-    return tokens
+def _rows(node: Node) -> Size:
+    """How many rows a value has: the product of its sizes without the last."""
+    return math.prod(shape(node)[:-1])
 
 
 def _emit(
@@ -274,11 +283,8 @@ def _emit(
     found: Combined,
 ) -> _Inserted:
     graph = lift.graph.graph
-    sizes = size_arguments(lift.graph, node)
-    if sizes is None:
-        raise Unproven("R407", f"more than one size of %{node.name} is held by no value of the graph")
     with graph.inserting_before(node):
-        tokens = shape(x)[0]
+        (sizes, read), tokens, x_TD = _sizes_like(lift, node, x), count_tokens(ids), _as_rows(lift, x)
         ids_TK, chosen = _as_pairs(lift, ids, tokens, slots)
         experts = ids_TK
         if (counted := _counted(lift, node, found)) is not None:
@@ -286,9 +292,9 @@ def _emit(
                 experts = _dropped_outside(lift, ids_TK, counted)
         elif not never_negative(lift.graph, ids):
             experts = _wrapped(lift, ids_TK, spec.count)
-        weights, weighed = _weights(lift, pairs, ids_TK, tokens, slots, x)
+        weights, weighed = _weights(lift, pairs, ids, ids_TK, tokens, slots, x_TD)
         tensors = [_packed(lift, p, node) if p.packed else p.parts[0] for p in params]
-        new = graph.call_function(ops.EXPERTS, (x, experts, weights, tensors, to_text(spec)))
+        new = graph.call_function(ops.EXPERTS, (x_TD, experts, weights, tensors, to_text(spec)))
         new.meta = {k: v for k, v in old.meta.items() if k != "tensor_meta"}
         out = new
         if len(sizes) != 2:
@@ -298,8 +304,39 @@ def _emit(
         if found.base is not None:
             out = graph.call_function(aten.add.Tensor, (out, found.base))
             out.meta = dict(old.meta)
-    inputs = tuple(n for n in (x, chosen, weighed, found.base) if n is not None)
+    inputs = tuple(n for n in (read, chosen, weighed, found.base) if n is not None)
     return _Inserted(old, out, new, inputs, spec, slots)
+
+
+def _sizes_like(lift: Lift, node: Node, x: Node) -> tuple[Sequence[int | Node], Node]:
+    """A reshape's arguments for the sizes of a combine, and x, or what it is a view of if that gave them.
+
+    Raises Unproven where the graph does not hold them.
+    """
+    if (known := size_arguments(lift.graph, node)) is not None:
+        return known, x
+    lead, like = shape(node)[:-1], row_base(x)
+    if len(lead) != len(shape(like)) - 1 or not all(map(same_size, lead, shape(like))):
+        raise Unproven("R407", f"more than one size of %{node.name} is held by no value of the graph")
+    width = shape(node)[-1]
+    assert isinstance(width, int)
+    sizes = [size if isinstance(size, int) else _size(lift, like, i) for i, size in enumerate(lead)]
+    return [*sizes, width], like
+
+
+def _size(lift: Lift, x: Node, dim: int) -> Node:
+    size = lift.graph.graph.call_function(aten.sym_size.int, (x, dim))
+    size.meta = {**x.meta, "val": shape(x)[dim]}
+    return size
+
+
+def _as_rows(lift: Lift, x: Node) -> Node:
+    """x as (T, D), reshaped only if it is not."""
+    if len(shape(x)) == 2:
+        return x
+    made = lift.graph.graph.call_function(aten.reshape.default, (x, [-1, shape(x)[-1]]))
+    made.meta = {**x.meta, "val": value(x).reshape(_rows(x), shape(x)[-1])}
+    return made
 
 
 def _packed(lift: Lift, tensor: _ExpertsTensor, near: Node) -> Node:
@@ -333,9 +370,12 @@ def _wrapped(lift: Lift, ids_TK: Node, experts: int) -> Node:
 
 
 def _weights(
-    lift: Lift, pairs: list[PairSource], ids_TK: Node, tokens: Size, slots: int, x: Node
+    lift: Lift, pairs: list[PairSource], ids: Node, ids_TK: Node, tokens: Size, slots: int, x: Node
 ) -> tuple[Node, Node | None]:
-    """(weights (T, K), the value they are made from; None where every pair weighs 1)."""
+    """(weights (T, K), the value they are made from; None where every pair weighs 1).
+
+    A pair whose id is no expert has any weight: it is dropped.
+    """
     graph = lift.graph.graph
     if not pairs:
         weights = graph.call_function(aten.ones_like.default, (ids_TK,), {"dtype": dtype(x)})
@@ -344,7 +384,11 @@ def _weights(
     (pair,) = pairs
     if not pair.matrix:
         return _as_pairs(lift, pair.node, tokens, slots)
-    gathered = graph.call_function(aten.gather.default, (pair.node, 1, ids_TK))
+    matrix, at = _as_rows(lift, pair.node), ids_TK
+    if not inside(lift.graph, ids, int(shape(matrix)[1])):
+        at = graph.call_function(aten.clamp.default, (ids_TK, 0, int(shape(matrix)[1]) - 1))
+        at.meta = dict(ids_TK.meta)
+    gathered = graph.call_function(aten.gather.default, (matrix, 1, at))
     gathered.meta = {**pair.node.meta, "val": value(ids_TK).to(dtype(pair.node))}
     return gathered, pair.node
 

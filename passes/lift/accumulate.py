@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import Size, dtype, is_tensor, same_size, shape, value
 from dsmoe_compiler.passes.lift import every_expert
+from dsmoe_compiler.passes.lift.coordinates import Located, located
 from dsmoe_compiler.passes.lift.discover import require_distinct, selected_from
 from dsmoe_compiler.passes.lift.reroll import reroll
-from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
+from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Combined,
     DenseSum,
@@ -28,9 +28,7 @@ from dsmoe_compiler.passes.lift.values import (
     Pairs,
     PartialRows,
     PartialSum,
-    Permutation,
     Rows,
-    SlotOf,
     Spread,
     TokenOf,
     Value,
@@ -43,7 +41,7 @@ def index_add(lift: Lift, node: Node) -> Value | None:
     at = lift.of(node.args[2])
     if not isinstance(at, TokenOf) or not isinstance(at.domain, OneExpert):
         return None
-    if argument(node, "dim") != 0 or argument(node, "alpha") != 1:
+    if argument(node, "dim") != 0 or argument(node, "alpha") != 1 or len(shape(node)) != 2:
         return None
     return _added(lift, node, at.domain, lift.rows(node.args[3]), node.args[3])
 
@@ -59,6 +57,8 @@ def scatter_add(lift: Lift, node: Node) -> Value | None:
     rows = lift.rows(source)
     if rows is None or at.width != rows.width or not isinstance(at.at.domain, OneExpert):
         return None
+    if len(shape(node)) != 2:
+        return None
     return _added(lift, node, at.at.domain, rows, source)
 
 
@@ -68,17 +68,18 @@ def index_put(lift: Lift, node: Node) -> Value | None:
     rows = lift.rows(written)
     if rows is None or not isinstance(rows.domain, OneExpert):
         return None
-    masks = [i for i in indices if i is not None and isinstance(lift.of(i), Mask)]
-    if any(dtype(mask) != torch.bool for mask in masks):
-        return None  # 0 and 1 are rows
-    domain = _domain_at([lift.of(i) for i in indices], rows.domain)
-    if domain == "tokens" and rows.domain.slots > 1:
-        lift.visited.setdefault(rows.domain.ids, set()).add(rows.domain.expert)
-    if domain is None:
+    target = node.args[0]
+    assert isinstance(target, Node)
+    at = located(lift, indices, target)
+    if at is None or at.domain != rows.domain:
         _require_own(lift, indices, rows.domain)
         return None
-    if domain == "pairs":
-        return None if argument(node, "accumulate") else _written(lift, node, rows)
+    if rows.domain.slots > 1 and not at.pairs:
+        lift.visited.setdefault(rows.domain.ids, set()).add(rows.domain.expert)
+    if at.pairs:
+        return None if argument(node, "accumulate") else _written(lift, node, rows, at)
+    if len(shape(node)) != at.rank + 1:
+        return None
     if argument(node, "accumulate"):
         return _added(lift, node, rows.domain, rows, written)
     if rows.domain.slot is None:
@@ -86,9 +87,9 @@ def index_put(lift: Lift, node: Node) -> Value | None:
     rest = _without(lift, rows, node.args[0])
     if rest is not None:
         return _added(lift, node, rows.domain, rest, written)
-    if rows.domain.slots == 1:
-        return _written(lift, node, rows)
     so_far = lift.of(node.args[0])
+    if rows.domain.slots == 1:
+        return _written(lift, node, rows, at)
     if isinstance(so_far, Filled) and so_far.number == 0:
         return _added(lift, node, rows.domain, rows, written)
     raise Unproven("R407", f"{rows.domain.words} replace what their tokens held, instead of adding to it")
@@ -117,7 +118,7 @@ def add(lift: Lift, node: Node) -> Value | None:
             return None
         return PartialSum(a.ids, a.slots, _joined(a.visits, b.visits), a.width, a.base or b.base)
     for so_far, found, other in ((a, b, right), (b, a, left)):
-        if not isinstance(so_far, PartialSum) or len(shape(other)) != 2:
+        if not isinstance(so_far, PartialSum):
             continue
         if isinstance(found, Filled) and found.number == 0:
             return so_far
@@ -134,23 +135,6 @@ def _joined(before: tuple[Visit, ...], after: tuple[Visit, ...]) -> tuple[Visit,
         if (visit.expert, visit.slot) in seen or (visit.expert, None) in seen:
             raise Unproven("R302", f"the rows of {visit.words} are added twice")
     return (*before, *after)
-
-
-def _domain_at(found: list[Value | None], domain: OneExpert) -> str | None:
-    """What the indices say of the rows of `domain`: their "tokens", their "pairs", or something else."""
-    match found:
-        case [TokenOf(domain=at)] if at == domain:
-            return "tokens"
-        case [Permutation(domain=at)] if at == domain:
-            return "pairs"
-        case [TokenOf(domain=at), SlotOf(domain=also)] if at == also == domain:
-            return "pairs"
-        case [Mask(ids=ids, expert=expert, axes=axes, slot=slot)] if axes in ("T", "P", "TK"):
-            own = (ids, expert, slot) == (domain.ids, domain.expert, domain.slot)
-            if not own or domain.order != "token":
-                return None
-            return "tokens" if axes == "T" else "pairs"
-    return None
 
 
 def _without(lift: Lift, rows: Rows, start: object) -> Rows | None:
@@ -173,7 +157,7 @@ def _added(lift: Lift, node: Node, domain: OneExpert, rows: Rows | None, written
     if rows.domain != domain:
         other = "that other ids chose" if _same_but_ids(rows.domain, domain) else f"of {domain.words}"
         raise Unproven("R402", f"{rows.domain.words} are added at the tokens {other}")
-    if dtype(written) != dtype(node) or shape(node)[-1] != rows.width or len(shape(node)) != 2:
+    if dtype(written) != dtype(node) or shape(node)[-1] != rows.width:
         return None
     so_far = lift.of(start)
     visit = Visit(domain.expert, rows.term, domain.slot)
@@ -192,29 +176,59 @@ def _same_but_ids(rows: Domain, at: OneExpert) -> bool:
     return isinstance(rows, OneExpert) and rows.expert == at.expert and rows.ids is not at.ids
 
 
-def _written(lift: Lift, node: Node, rows: Rows) -> Value | None:
+def _written(lift: Lift, node: Node, rows: Rows, at: Located) -> Value | None:
     """An expert's rows in their pairs' places; all pairs, once every expert that can be chosen is there.
 
-    Where a token has one id, its row is its pair.
+    Where a token has one id, its row is its pair: written over zeros, rows are as good as added.
     """
-    domain, start = rows.domain, lift.of(node.args[0])
-    assert isinstance(domain, OneExpert)
+    domain, start = at.domain, lift.of(node.args[0])
     source = node.args[2]
     assert isinstance(source, Node)
-    lead = len(shape(node)) - len(rows.trail)
-    if rows.lead != 1 or lead not in (1, 2) or dtype(source) != dtype(node) or domain.slot is not None:
+    if rows.lead != 1 or len(shape(node)) != at.rank + len(rows.trail) or dtype(source) != dtype(node):
         return None
+    if domain.slot is not None:
+        return None
+    flat, every = at.rank == 1 or at.pairs, selected_from(domain.ids)
+    zeros = isinstance(start, Filled) and start.number == 0
+    added = isinstance(start, PartialSum) and start.ids is domain.ids and start.base is None
+    if not at.pairs and (added or (zeros and (not flat or every is None))):
+        return _added(lift, node, domain, rows, source)
     visits: tuple[Visit, ...] = (Visit(domain.expert, rows.term),)
     if isinstance(start, PartialRows):
         if (start.ids, start.trail) != (domain.ids, rows.trail):
             return None
         visits = _joined(start.visits, visits)
-    if selected_from(domain.ids) != len(visits):
+    if every != len(visits):
         return PartialRows(domain.ids, domain.slots, visits, rows.trail)
-    term = reroll(lift, domain.slots, visits)
-    if domain.slots == 1 and lead == 1:
+    if not flat:
+        lift.visited.setdefault(domain.ids, set()).update(v.expert for v in visits)
+        return PartialSum(domain.ids, domain.slots, visits, rows.width) if len(rows.trail) == 1 else None
+    if domain.slots == 1 and at.rank == 1:
         lift.written.append(node)
-    return Rows(Pairs(domain.ids, domain.slots), term, lead, rows.trail)
+    return Rows(Pairs(domain.ids, domain.slots), reroll(lift, domain.slots, visits), at.rank, rows.trail)
+
+
+def weigh(lift: Lift, node: Node) -> Value | None:
+    """A sum over experts times one number a token, where each token has one id: that is its weight."""
+    for sum_at, weight_at in ((0, 1), (1, 0)):
+        so_far, weight, added = lift.of(node.args[sum_at]), node.args[weight_at], node.args[sum_at]
+        if not isinstance(so_far, PartialSum) or so_far.slots != 1 or so_far.base is not None:
+            continue
+        if not is_tensor(weight) or not lift.opaque(weight) or dtype(node) != dtype(added):  # type: ignore[arg-type]
+            continue
+        assert isinstance(weight, Node) and isinstance(added, Node)
+        if not value(weight).is_floating_point() or not _same(shape(node), shape(added)):
+            continue
+        if not _same(shape(weight), (*shape(added)[:-1], 1)):
+            continue
+        pair = lift.pair(PairSource(weight))
+        visits = tuple(replace(v, term=lift.terms.number("mul", (v.term, pair))) for v in so_far.visits)
+        return replace(so_far, visits=visits)
+    return None
+
+
+def _same(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
+    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 def concatenate(lift: Lift, node: Node) -> Value | None:
@@ -260,5 +274,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::scatter_add": (scatter_add,),
     "aten::scatter_reduce": (scatter_add,),
     "aten::add": (add,),
+    "aten::mul": (weigh,),
     "aten::cat": (concatenate,),
 }

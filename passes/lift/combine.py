@@ -13,6 +13,7 @@ from torch.fx import Node
 from dsmoe_compiler.ir.body import Body, Step
 from dsmoe_compiler.ir.graph import dtype, same_size, shape
 from dsmoe_compiler.ir.reference import evaluate
+from dsmoe_compiler.passes.lift.axes import count_tokens
 from dsmoe_compiler.passes.lift.gather import is_pair_shaped
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Filled, Pairs, Rows, TokenOf, Value
@@ -37,7 +38,7 @@ def sum_rows(lift: Lift, node: Node) -> Value | None:
     if keep or len(rows.trail) != 1:
         return None
     if isinstance(rows.domain, Everywhere):
-        weighed = rows.lead == 2 and dims == [rows.domain.axis] and lift.terms.leaves(term, "pair")
+        weighed = rows.lead > 1 and dims == [rows.domain.axis] and lift.terms.leaves(term, "pair")
         return Combined(rows.like(term)) if weighed else None
     if not isinstance(rows.domain, Pairs) or rows.lead < 2 or dims != [rows.lead - 1]:
         return None
@@ -52,7 +53,9 @@ def weighted_sum(lift: Lift, node: Node) -> Value | None:
         operands, weights_at = list(node.args), 0
         unsqueezed = operands[0]
         assert isinstance(unsqueezed, Node)
-        if operator_name(unsqueezed) != "aten::unsqueeze" or argument(unsqueezed, "dim") not in (1, -2):
+        if operator_name(unsqueezed) != "aten::unsqueeze":
+            return None
+        if argument(unsqueezed, "dim") not in (-2, len(shape(unsqueezed)) - 2):
             return None
         operands[0] = unsqueezed.args[0]
     if weights_at is None or len(operands) != 2:
@@ -60,7 +63,7 @@ def weighted_sum(lift: Lift, node: Node) -> Value | None:
     weights, rows = operands[weights_at], lift.rows(operands[1 - weights_at])
     if rows is None or not isinstance(rows.domain, Pairs) or rows.domain.order is not None:
         return None
-    if (rows.lead, len(rows.trail)) != (2, 1) or not lift.opaque(weights) or len(shape(weights)) != 2:
+    if rows.lead < 2 or len(rows.trail) != 1 or not lift.opaque(weights) or len(shape(weights)) != rows.lead:
         return None
     if not is_pair_shaped(weights, rows.domain) or dtype(weights) != dtype(node):
         return None
@@ -71,33 +74,41 @@ def dense_sum(lift: Lift, node: Node) -> Value | None:
     """einsum("te,etd->td", dense weights, rows): every expert's rows times their weights, summed."""
     inputs, _, out = str(argument(node, "equation")).replace(" ", "").partition("->")
     names, found = inputs.split(","), [lift.rows(o) for o in argument(node, "tensors")]
-    if sorted(map(len, names)) != [2, 3] or len(found) != 2:
+    if len(found) != 2:
         return None
-    at = 0 if len(names[0]) == 2 else 1
+    at = 0 if len(names[0]) < len(names[1]) else 1
     weights, rows = found[at], found[1 - at]
-    if weights is None or rows is None or (weights.lead, weights.trail, rows.lead) != (2, (), 2):
+    if weights is None or rows is None or weights.trail or weights.lead != rows.lead or rows.lead < 2:
         return None
     if not isinstance(rows.domain, Everywhere) or not isinstance(weights.domain, Everywhere):
         return None
-    e, t = (names[1 - at][axis] for axis in (rows.domain.axis, 1 - rows.domain.axis))
-    own = (names[at][weights.domain.axis], names[at][1 - weights.domain.axis]) == (e, t)
-    if not own or out != t + names[1 - at][2] or len({*names[1 - at]}) != 3:
+    many, few = names[1 - at], names[at]
+    if len({*many}) != len(many) or len(many) != rows.lead + 1 or len(few) != rows.lead:
+        return None
+    tokens = _without(many[:-1], rows.domain.axis)
+    if few[weights.domain.axis] != many[rows.domain.axis] or out != tokens + many[-1]:
+        return None
+    if _without(few, weights.domain.axis) != tokens:
         return None
     if rows.domain.experts != weights.domain.experts or len(rows.trail) != 1:
         return None
     return Combined(rows.like(lift.terms.number("mul", (rows.term, weights.term))))
 
 
+def _without(names: str, axis: int) -> str:
+    return names[:axis] + names[axis + 1 :]
+
+
 def _of_einsum(equation: str) -> int | None:
     """Which operand of "tk,tkd->td" holds one number a pair; None if it is another equation."""
     inputs, _, out = equation.replace(" ", "").partition("->")
     names = inputs.split(",")
-    if len(names) != 2 or sorted(map(len, names)) != [2, 3]:
+    if len(names) != 2 or abs(len(names[0]) - len(names[1])) != 1:
         return None
-    weights_at = 0 if len(names[0]) == 2 else 1
+    weights_at = 0 if len(names[0]) < len(names[1]) else 1
     weights, rows = names[weights_at], names[1 - weights_at]
-    right = len(set(rows)) == 3 and weights == rows[:2] and out == rows[0] + rows[2]
-    return weights_at if right else None
+    right = len(set(rows)) == len(rows) and weights == rows[:-1] and out == weights[:-1] + rows[-1]
+    return weights_at if right and len(weights) > 1 else None
 
 
 def _is_only_slot(rows: Rows, dims: list[int]) -> bool:
@@ -116,19 +127,11 @@ def add_by_token(lift: Lift, node: Node) -> Value | None:
     if not isinstance(at, TokenOf) or at.domain != rows.domain:
         raise Unproven("R402", "rows are added at indices that are not their own tokens")
     assert rows.domain.ids is not None
-    if rows.lead != 1 or len(rows.trail) != 1 or not same_size(shape(node)[0], _tokens(rows.domain)):
+    if rows.lead != 1 or len(rows.trail) != 1 or not same_size(shape(node)[0], count_tokens(rows.domain.ids)):
         return None
     source = node.args[3]
     assert isinstance(source, Node)
     return Combined(rows) if dtype(source) == dtype(node) else None
-
-
-def _tokens(domain: Pairs) -> int | torch.SymInt:
-    assert domain.ids is not None
-    tokens: int | torch.SymInt = 1
-    for size in shape(domain.ids)[: -1 if len(shape(domain.ids)) > 1 else None]:
-        tokens = tokens * size
-    return tokens
 
 
 def require_sparse(lift: Lift, term: int) -> None:

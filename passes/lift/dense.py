@@ -11,10 +11,15 @@ whole term vanish, every token for every expert says no more than the selected p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import Size, aten, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift.axes import order_of, token_sizes
 from dsmoe_compiler.passes.lift.discover import require_distinct
+from dsmoe_compiler.passes.lift.masks import hot, plain
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, argument, operator_name
 from dsmoe_compiler.passes.lift.values import Everywhere, Filled, MultiHot, OneHot, Rows, Value
 
@@ -24,9 +29,10 @@ def scatter(lift: Lift, node: Node) -> Value | None:
     base, ids, written = lift.of(node.args[0]), node.args[2], node.args[3]
     if node.target not in (aten.scatter.src, aten.scatter.value) or not isinstance(base, Filled):
         return None
-    if len(shape(node)) != 2 or argument(node, "dim") not in (1, -1):
+    rank = len(shape(node))
+    if rank < 2 or argument(node, "dim") % rank != rank - 1:
         return None
-    experts = shape(node)[1]
+    experts = shape(node)[-1]
     assert isinstance(ids, Node)
     if not isinstance(experts, int) or lift.of(ids) is not None:
         return None
@@ -41,60 +47,89 @@ def scatter(lift: Lift, node: Node) -> Value | None:
     else:
         return None
     require_distinct(ids)
-    return Rows(Everywhere(experts, 1), lift.pair(source), 2, ())
+    return Rows(Everywhere(experts, rank - 1), lift.pair(source), rank, ())
 
 
 def one_hot(lift: Lift, node: Node) -> Value | None:
     """one_hot(ids, E), of ids (T, K), of the flat pairs, or of one id a token."""
     ids, experts = node.args[0], argument(node, "num_classes")
     assert isinstance(ids, Node)
-    if not isinstance(experts, int) or experts <= 0 or len(shape(ids)) > 2:
-        return None
-    if len(shape(ids)) == 2:
-        root = lift.ids_root(ids)
-        return OneHot(root[0] if root and _same_shape(root[0], ids) else ids, experts)
-    root = lift.ids_root(ids)
-    if root is None:
-        return None
-    return OneHot(root[0], experts, None, "TE" if len(shape(root[0])) == 1 else "PE")
+    return hot(lift, ids, experts) if isinstance(experts, int) and experts > 0 else None
 
 
 def weigh_one_hot(lift: Lift, node: Node) -> Value | None:
-    """one_hot (T, K, E) * w (T, K, 1)."""
+    """one_hot (T, K, E) * w (T, K, 1); of one id a token, (T, E) * (T, 1), dense weights."""
     for hot_at, weight_at in ((0, 1), (1, 0)):
-        hot, weight = lift.of(node.args[hot_at]), node.args[weight_at]
-        if not isinstance(hot, OneHot) or hot.weight is not None or not isinstance(weight, Node):
+        found, weight = plain(lift.of(node.args[hot_at])), node.args[weight_at]
+        if found is None or not is_tensor(weight):
             continue
-        if hot.axes != "TKE":
+        assert isinstance(weight, Node)
+        if not _same(shape(weight), (*shape(node)[:-1], 1)) or not value(weight).is_floating_point():
             continue
-        if weight.target is not aten.unsqueeze.default or not lift.opaque(weight.args[0]):
+        below = weight.args[0] if weight.target is aten.unsqueeze.default else weight
+        if not isinstance(below, Node) or not lift.opaque(below) or "1" in found.axes:
             continue
-        below = weight.args[0]
-        assert isinstance(below, Node)
-        if argument(weight, "dim") in (2, -1) and _same_shape(below, hot.ids):
-            return OneHot(hot.ids, hot.experts, below)
+        root = lift.ids_root(found.ids)
+        match order_of(found.axes, found.ids):
+            case "TKE":
+                return replace(found, weight=below)
+            case "TE" if root is not None and root[1] == 1:
+                return _dense(lift, node, found, below)
     return None
 
 
 def sum_one_hot(lift: Lift, node: Node) -> Value | None:
-    """The sum of a weighted one-hot over the slots."""
-    hot = lift.of(node.args[0])
-    if not isinstance(hot, OneHot) or hot.weight is None or argument(node, "keepdim"):
+    """The sum of a weighted one-hot over the slots; of one that is not, which experts a token chose."""
+    found, dims = lift.of(node.args[0]), argument(node, "dim")
+    if not isinstance(found, OneHot) or argument(node, "keepdim") or argument(node, "dtype") is not None:
         return None
-    if [d % 3 for d in argument(node, "dim") or []] != [1] or argument(node, "dtype") is not None:
+    if order_of(found.axes, found.ids) != "TKE" or "1" in found.axes:
         return None
-    require_distinct(hot.ids)
-    leaf = lift.pair(PairSource(hot.weight, hot.ids, fill=0.0))
-    if dtype(node) != dtype(hot.weight):
-        leaf = lift.terms.number("cast", (leaf,), (str(dtype(node)).removeprefix("torch."),))
-    return Rows(Everywhere(hot.experts, 1), leaf, 2, ())
+    rank = len(found.axes)
+    if [d % rank for d in dims or []] != [rank - 2]:
+        return None
+    if found.weight is not None:
+        require_distinct(found.ids)
+        return _dense(lift, node, found, found.weight)
+    if plain(found) is None or value(node).is_floating_point():
+        return None
+    require_distinct(found.ids)
+    return MultiHot(found.ids, found.experts)
+
+
+def _dense(lift: Lift, node: Node, hot: OneHot, weight: Node) -> Rows:
+    """The pairs' weights at their experts, 0 elsewhere."""
+    term = lift.pair(PairSource(weight, hot.ids, fill=0.0))
+    if dtype(node) != dtype(weight):
+        term = lift.terms.number("cast", (term,), (str(dtype(node)).removeprefix("torch."),))
+    rank = len(shape(node))
+    return Rows(Everywhere(hot.experts, rank - 1), term, rank, ())
+
+
+def choose(lift: Lift, node: Node) -> Value | None:
+    """scores (T, E) * which experts the token chose (T, E)."""
+    for hot_at, other_at in ((0, 1), (1, 0)):
+        found, other = lift.of(node.args[hot_at]), node.args[other_at]
+        if not isinstance(found, MultiHot) or not is_tensor(other) or not lift.opaque(other):
+            continue
+        assert isinstance(other, Node)
+        if not value(other).is_floating_point() or dtype(other) != dtype(node):
+            continue
+        rank = len(shape(node))
+        if not _same(shape(other), shape(node)) or not same_size(shape(node)[-1], found.experts):
+            continue
+        if not _same(shape(node)[:-1], token_sizes(found.ids)):
+            continue
+        leaf = lift.pair(PairSource(other, found.ids, matrix=True, fill=0.0))
+        return Rows(Everywhere(found.experts, rank - 1), leaf, rank, ())
+    return None
 
 
 def scale_matrix(lift: Lift, node: Node) -> Value | None:
     """dense weights (T, E) · (T, 1), / (T, 1) or · (T, E): still 0 off the ids."""
     for dense_at, other_at in ((0, 1), (1, 0)):
         rows, other = lift.rows(node.args[dense_at]), node.args[other_at]
-        if rows is None or rows.domain != Everywhere(_experts(rows), 1) or (rows.lead, rows.trail) != (2, ()):
+        if rows is None or rows.domain != Everywhere(_experts(rows), rows.lead - 1) or rows.trail:
             continue
         divides = operator_name(node) == "aten::div"
         if divides and (dense_at == 1 or argument(node, "rounding_mode")):
@@ -129,21 +164,25 @@ def _zero_filled(lift: Lift, rows: Rows) -> PairSource | None:
 
 def _scales(lift: Lift, other: Node, node: Node, divides: bool) -> bool:
     """An opaque floating value (T, 1), or (T, E) where it does not divide: 0 / 0 would be NaN off the ids."""
-    if not is_tensor(other) or not value(other).is_floating_point() or len(shape(other)) != 2:
+    if not is_tensor(other) or not value(other).is_floating_point():
         return False
-    if not same_size(shape(other)[0], shape(node)[0]) or not lift.opaque(other):
+    if not _same(shape(other)[:-1], shape(node)[:-1]) or not lift.opaque(other):
         return False
-    return same_size(shape(other)[1], 1) or (not divides and _same_shape(other, node))
+    return same_size(shape(other)[-1], 1) or (not divides and _same_shape(other, node))
 
 
 def _same_shape(a: Node, b: Node) -> bool:
-    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
+    return _same(shape(a), shape(b))
+
+
+def _same(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::scatter": (scatter,),
     "aten::one_hot": (one_hot,),
-    "aten::mul": (weigh_one_hot, scale_matrix),
+    "aten::mul": (weigh_one_hot, choose, scale_matrix),
     "aten::div": (scale_matrix,),
     "aten::sum": (sum_one_hot,),
 }

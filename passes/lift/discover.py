@@ -22,7 +22,7 @@ from dsmoe_compiler.ir.graph import (
     source,
     value,
 )
-from dsmoe_compiler.passes.lift.state import Unproven, argument, operator_name, uncast_rows
+from dsmoe_compiler.passes.lift.state import Unproven, argument, has_slots, operator_name, uncast_rows
 
 _PICKS = frozenset(
     {"aten::index", "aten::index_select", "aten::embedding", "aten::index_add", "aten::index_put"}
@@ -108,7 +108,7 @@ def require_distinct(ids: Node) -> None:
 
     Raises Unproven.
     """
-    if len(shape(ids)) == 1 or same_size(shape(ids)[-1], 1):
+    if not has_slots(ids) or same_size(shape(ids)[-1], 1):
         return
     picked = uncast_rows(ids)
     top = picked.args[0] if operator_name(picked) == "getitem" else None

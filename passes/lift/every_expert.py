@@ -16,10 +16,10 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import Size, dtype, is_tensor, same_size, shape, value
 from dsmoe_compiler.passes.lift.discover import selected_from
 from dsmoe_compiler.passes.lift.reroll import reroll
-from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
+from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, has_slots, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Column,
     Combined,
@@ -41,7 +41,9 @@ def weigh(lift: Lift, node: Node) -> Value | None:
         weight, rows = lift.of(node.args[weight_at]), node.args[value_at]
         if not isinstance(weight, Column) or weight.trail != (1,) or not weight.zero:
             continue
-        if not isinstance(rows, Node) or not lift.opaque(rows) or len(shape(rows)) != 2:
+        if not isinstance(rows, Node) or not lift.opaque(rows) or len(shape(rows)) < 2:
+            continue
+        if not _same(shape(node.args[weight_at]), (*shape(rows)[:-1], 1)):  # type: ignore[arg-type]
             continue
         width = shape(node)[-1]
         same = all(map(same_size, shape(rows), shape(node))) and dtype(rows) == dtype(node)
@@ -75,7 +77,7 @@ def add(lift: Lift, node: Node) -> Value | None:
                 raise Unproven("R302", "an expert's rows are added twice")
             return replace(so_far, visits=visits, base=so_far.base or found.base)
         unfinished = len(so_far.visits) < (selected_from(so_far.ids) or 0)
-        fits = is_tensor(other) and len(shape(other)) == 2 and lift.opaque(other)
+        fits = is_tensor(other) and _same(shape(other), shape(node)) and lift.opaque(other)
         if fits and unfinished and so_far.base is None:
             return replace(so_far, base=other)
     return None
@@ -101,13 +103,14 @@ def finished(lift: Lift, found: DenseSum) -> Combined:
 def stack(lift: Lift, node: Node) -> Value | None:
     """stack([expert(x) for expert in experts])."""
     parts, dim = argument(node, "tensors"), argument(node, "dim")
-    if dim not in (0, 1) or len(parts) < 2 or len(shape(node)) != 3 or not value(node).is_floating_point():
+    rank = len(shape(node))
+    if dim % rank == rank - 1 or len(parts) < 2 or rank < 3 or not value(node).is_floating_point():
         return None
     width = shape(node)[-1]
     if not isinstance(width, int) or any(lift.of(p) is not None or p.op != "call_function" for p in parts):
         return None
     term = same_experts(lift, list(enumerate(parts)))
-    return None if term is None else Rows(Everywhere(len(parts), dim), term, 2, (width,))
+    return None if term is None else Rows(Everywhere(len(parts), dim % rank), term, rank - 1, (width,))
 
 
 def same_experts(lift: Lift, found: Sequence[tuple[int, Node]]) -> int | None:
@@ -121,11 +124,11 @@ def same_experts(lift: Lift, found: Sequence[tuple[int, Node]]) -> int | None:
     source, steps = between
     visits, known = list[Visit](), len(lift.losses)
     for (e, _), own in zip(found, steps, strict=True):
-        width = shape(source)[1]
+        *lead, width = shape(source)
         assert isinstance(width, int)
         every = OneExpert(source, 1, e, "every token")
-        rows = lift.supposing(source, Rows(every, lift.token(source), 1, (width,)), own)
-        if not isinstance(rows, Rows) or (rows.domain, rows.lead) != (every, 1):
+        rows = lift.supposing(source, Rows(every, lift.token(source), len(lead), (width,)), own)
+        if not isinstance(rows, Rows) or (rows.domain, rows.lead) != (every, len(lead)):
             del lift.losses[known:]
             return None
         visits.append(Visit(e, rows.term))
@@ -161,7 +164,7 @@ def _between(lift: Lift, results: Sequence[Node]) -> tuple[Node, list[list[Node]
         stack.append((at, True))
         stack.extend((t, False) for t in zip(*operands, strict=True))
     sources = [n for n in common if is_tensor(n)]
-    if len(sources) != 1 or len(shape(sources[0])) != 2 or not isinstance(shape(sources[0])[1], int):
+    if len(sources) != 1 or len(shape(sources[0])) < 2 or not isinstance(shape(sources[0])[-1], int):
         return None
     return sources[0], [[step[i] for step in order] for i in range(len(results))]
 
@@ -169,15 +172,16 @@ def _between(lift: Lift, results: Sequence[Node]) -> tuple[Node, list[list[Node]
 def gather(lift: Lift, node: Node) -> Value | None:
     """stacked (T, E, D).gather(1, ids (T, K) spread over the width)."""
     rows, index = lift.rows(node.args[0]), argument(node, "index")
-    if rows is None or not isinstance(rows.domain, Everywhere) or rows.domain.axis != 1:
+    if rows is None or not isinstance(rows.domain, Everywhere) or rows.domain.axis != rows.lead - 1:
         return None
     ids = _spread(index)
-    if argument(node, "dim") != 1 or (rows.lead, len(rows.trail)) != (2, 1) or ids is None:
+    dim = argument(node, "dim") % (rows.lead + 1)
+    if dim != rows.domain.axis or len(rows.trail) != 1 or ids is None or len(shape(ids)) != rows.lead:
         return None
     root = lift.ids_root(ids)
-    if root is None or len(shape(ids)) != 2 or not all(map(same_size, shape(root[0]), shape(ids))):
+    if root is None or not has_slots(root[0]) or not _same(shape(root[0]), shape(ids)):
         return None
-    return Rows(Pairs(*root), rows.term, 2, rows.trail) if shape(index)[2] == rows.width else None
+    return Rows(Pairs(*root), rows.term, rows.lead, rows.trail) if shape(index)[-1] == rows.width else None
 
 
 def _spread(node: Node) -> Node | None:
@@ -186,11 +190,16 @@ def _spread(node: Node) -> Node | None:
         return None
     column = node.args[0]
     assert isinstance(column, Node)
-    if operator_name(column) != "aten::unsqueeze" or argument(column, "dim") not in (2, -1):
+    rank = len(shape(column))
+    if operator_name(column) != "aten::unsqueeze" or argument(column, "dim") not in (rank - 1, -1):
         return None
     below = column.args[0]
-    same = all(map(same_size, shape(node)[:2], shape(column)[:2]))
-    return below if isinstance(below, Node) and same else None
+    same = all(map(same_size, shape(node)[: rank - 1], shape(column)[: rank - 1]))
+    return below if isinstance(below, Node) and same and len(shape(node)) == rank else None
+
+
+def _same(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

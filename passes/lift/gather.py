@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import Size, aten, same_size, shape, value
-from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, Unproven, argument
+from dsmoe_compiler.passes.lift.axes import count_tokens
+from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, Unproven, argument, has_slots
 from dsmoe_compiler.passes.lift.values import (
     Everywhere,
     InversePermutation,
@@ -64,7 +65,7 @@ def _take(lift: Lift, source: Node, at: Node) -> Value | None:
         domain, lead = position.domain, 1
     else:
         root = lift.ids_root(at)
-        if root is None:
+        if root is None or (len(shape(at)) > 1 and not has_slots(root[0])):
             return None
         domain, lead = Pairs(*root), len(shape(at))
     tensor, flipped = parameter
@@ -97,16 +98,16 @@ def _permuted_weights(lift: Lift, source: Node, position: Permutation) -> Value 
 
 
 def is_pair_shaped(node: Node, domain: Pairs | OneExpert) -> bool:
-    """Whether a value holds one number a pair: shaped as the ids or flattened, perhaps with a final 1."""
+    """Whether a value holds one number a pair: shaped as the ids, with the tokens in one dimension or
+    flattened, perhaps with a final 1.
+    """
     if domain.ids is None or not value(node).is_floating_point():
         return False
-    sizes = shape(node)
-    pairs: Size = 1
-    for size in shape(domain.ids):
-        pairs = pairs * size
-    if sizes and same_size(sizes[-1], 1) and not _same_shape(sizes, shape(domain.ids)):
+    sizes, own, tokens = shape(node), shape(domain.ids), count_tokens(domain.ids)
+    shapes = (own, (tokens, domain.slots), (tokens * domain.slots,))
+    if sizes and same_size(sizes[-1], 1) and not _same_shape(sizes, own):
         sizes = sizes[:-1]
-    return _same_shape(sizes, shape(domain.ids)) or _same_shape(sizes, (pairs,))
+    return any(_same_shape(sizes, s) for s in shapes)
 
 
 def _same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:

@@ -130,7 +130,8 @@ def count_hot(lift: Lift, node: Node) -> Value | None:
     found = lift.of(node.args[0])
     dims, keep = argument(node, "dim"), argument(node, "keepdim")
     if isinstance(found, MultiHot):
-        counted = [d % 2 for d in dims or []] == [0]
+        rank = len(shape(node)) + len(dims or [])
+        counted = sorted(d % rank for d in dims or []) == list(range(rank - 1))
     elif isinstance(found, OneHot) and found.weight is None and not value(node).is_floating_point():
         rank = len(found.axes)
         left = [a for i, a in enumerate(found.axes) if i not in {d % rank for d in dims or range(rank)}]
