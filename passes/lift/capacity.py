@@ -34,6 +34,7 @@ from dsmoe_compiler.passes.lift.values import (
     Capacity,
     Combined,
     Dispatch,
+    Filled,
     Flags,
     KeptWeights,
     Limit,
@@ -222,7 +223,7 @@ def _seated(lift: Lift, ids: Node, hot: PlaceHot) -> Node | None:
 
 
 def _of_queue(limit: Limit, queue: Queue) -> bool:
-    return (limit.ids, limit.before) == (queue.ids, queue.before)
+    return (limit.counted, limit.before) == (queue.counted, queue.before)
 
 
 def _at_most(small: sympy.Expr, large: sympy.Expr) -> bool:
@@ -287,8 +288,11 @@ def add(lift: Lift, node: Node) -> Value | None:
     if argument(node, "alpha", 1) != 1:
         return None
     parts = list[OneHot]()
-    for operand in node.args[:2]:
+    for operand, other in zip(node.args[:2], reversed(node.args[:2]), strict=True):
         found = lift.of(operand)
+        if isinstance(found, Filled) and found.number == 0 and isinstance(other, Node) and _same(other, node):
+            same = isinstance(rest := lift.of(other), (OneHot, Dispatch)) and dtype(other) == dtype(node)
+            return rest if same else None
         own = found.parts if isinstance(found, Dispatch) else (found,)
         parts += [p for p in own if isinstance(p, OneHot) and p.place is not None and not p.hidden]
         if not isinstance(operand, Node) or not _same(operand, node):

@@ -101,8 +101,8 @@ def dropped(
 ) -> Node | None:
     """The ids, −1 for the pairs of which `node` holds nothing but 0 along E and C; None if it has other rows.
 
-    `mask` is what decides it, a limit if it is one for these ids; one mask gives one value, however often it is
-    applied.
+    `mask` is what decides it, a limit if it is one for these ids; one mask gives one value, however often it
+    is applied.
     """
     key = (ids, limit or _bare(mask, axes))
     if key not in lift.restricted:

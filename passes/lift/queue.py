@@ -49,7 +49,7 @@ def count_up(lift: Lift, node: Node) -> Value | None:
         return None
     assert isinstance(hot, OneHot)
     dim, pairs = argument(node, "dim") % len(hot.axes), _pair_letters(hot)
-    return Queue(hot.ids, hot.experts, hot.axes, 1) if pairs and pairs == hot.axes[dim] else None
+    return Queue(hot.ids, node, hot.experts, hot.axes, 1) if pairs and pairs == hot.axes[dim] else None
 
 
 def _is_plain(found: Value | None) -> bool:
@@ -189,7 +189,7 @@ def within(lift: Lift, node: Node) -> Value | None:
     if isinstance(found, Place) and found.most is not None:
         return None
     axes = found.axes if isinstance(found, Place) else queue.axes
-    return Within(Limit(queue.ids, queue.before, most - queue.start), of, axes)
+    return Within(Limit(queue.counted, queue.before, most - queue.start), of, axes)
 
 
 def _whole(lift: Lift, size: object) -> sympy.Expr | None:
