@@ -206,6 +206,8 @@ def _routings(change: Replacement, sizes: Sizes, generator: torch.Generator) -> 
                 made = torch.randn(dims, generator=generator)
                 if kind == "skewed" and len(change.inputs) == 1:
                     made = made[:1] + 0.05 * made
+                if node in change.nonnegative:
+                    made = made.abs()
             else:
                 made = _ids(kind, [*dims, 1] if alone else dims, experts, generator).reshape(dims)
             inputs[node] = made.to(example.dtype).to(example.device)

@@ -32,30 +32,44 @@ from dsmoe_compiler.ir.passes import LayerFacts, PassLog, Replacement
 from dsmoe_compiler.ir.spec import DTYPES, ExpertsSpec, MoESpec, to_text
 from dsmoe_compiler.passes.lift import (
     accumulate,
+    capacity,
     combine,
     coordinates,
     dense,
     every_expert,
     gather,
+    kept,
     masks,
     one_expert,
     permutation,
     product,
+    queue,
     rowwise,
     segments,
     weights,
 )
 from dsmoe_compiler.passes.lift.axes import count_tokens
 from dsmoe_compiler.passes.lift.discover import Selection, find_selections, selectors_of
-from dsmoe_compiler.passes.lift.ranges import inside, never_negative
 from dsmoe_compiler.passes.lift.explain import Explainer, refusal_at
+from dsmoe_compiler.passes.lift.ranges import inside, never_negative
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, has_slots, row_base
-from dsmoe_compiler.passes.lift.values import Combined, DenseSum, Everywhere, Offsets, OneExpert, Pairs
+from dsmoe_compiler.passes.lift.values import (
+    Capacity,
+    Combined,
+    DenseSum,
+    Everywhere,
+    Offsets,
+    OneExpert,
+    Pairs,
+)
 from dsmoe_compiler.passes.region import size_arguments
 
 _FLOATS = frozenset(getattr(torch, name) for name in DTYPES)
 # Where several rules know an operator, the first that answers is right: the particular before the general.
 _FAMILIES = (
+    queue.RULES,
+    kept.RULES,
+    capacity.RULES,
     permutation.RULES,
     dense.RULES,
     masks.RULES,
@@ -98,7 +112,7 @@ class LiftExperts:
         selections = {s.selector: s for s in find_selections(graph)}
         lift = Lift(graph, RULES)
         found_layers = lift.run(accumulate.finished)
-        standing, combined = dict[Node, Node](), set[Node | None]()
+        standing, combined = dict[Node, Node](), set[Node]()
         explainer = Explainer(lift, order)
         for node, found in found_layers:
             layer = _Layer.of(lift, node, found, selections)
@@ -109,7 +123,7 @@ class LiftExperts:
             )
             understood = explainer.fused(node, layer.selector)
             facts = replace(facts, node=node.name, order=order[node], explanation=understood)
-            combined.add(layer.selector)
+            combined.update(layer.selectors)
             try:
                 experts = _insert(lift, node, found, layer.ids, standing)
             except Unproven as e:
@@ -117,7 +131,11 @@ class LiftExperts:
                 understood = explainer.unfinished(node, layer.selector, e.code, e.because)
                 log.layer(replace(facts, refusal=refusal, explanation=understood))
                 continue
-            log.replace(Replacement(facts.name, experts.old, experts.new, experts.inputs, "R304"))
+            log.replace(
+                Replacement(
+                    facts.name, experts.old, experts.new, experts.inputs, "R304", experts.nonnegative
+                )
+            )
             standing[experts.old] = experts.new
             spec = MoESpec(experts.slots, experts.spec)
             log.layer(replace(facts, spec=spec, node=experts.old.name, op=experts.op.name))
@@ -130,10 +148,10 @@ class LiftExperts:
         return bool(log.replacements)
 
 
-def _unique(name: str, log: PassLog, combined: set[Node | None], layer: _Layer) -> str:
+def _unique(name: str, log: PassLog, combined: set[Node], layer: _Layer) -> str:
     """The layer's name; numbered where one selection serves several sets of experts, or the name is taken."""
     taken = (f"{name} ({n})" for n in range(2, len(log.layers) + 3))
-    again = name in log.layers or (layer.selector is not None and layer.selector in combined)
+    again = name in log.layers or layer.selector in combined
     return next(t for t in taken if t not in log.layers) if again else name
 
 
@@ -142,8 +160,13 @@ class _Layer:
     name: str
     idiom: str
     source: str
-    selector: Node | None
+    selectors: tuple[Node, ...]
     ids: Node
+
+    @property
+    def selector(self) -> Node | None:
+        """What selects, the first where slots are chosen one by one; None where nothing of the program does."""
+        return self.selectors[0] if self.selectors else None
 
     @staticmethod
     def of(lift: Lift, node: Node, found: Combined, selections: dict[Node, Selection]) -> _Layer | None:
@@ -151,12 +174,12 @@ class _Layer:
         domain = found.rows.domain
         ids = domain.ids if isinstance(domain, Pairs) else _sources(lift, found)[0].ids
         assert ids is not None
-        selector = next((s for s in selectors_of(ids) if s in selections), None)
-        selection = selections[selector] if selector is not None else None
+        selectors = tuple(s for s in selectors_of(ids) if s in selections)
+        selection = selections[selectors[0]] if selectors else None
         if selection is None and not lift.terms.leaves(found.rows.term, "token"):
             return None
         name = selection.name if selection else common_module([ids, node])
-        return _Layer(name, _idiom(lift, node, found), source(node, name), selector, ids)
+        return _Layer(name, _idiom(lift, node, found), source(node, name), selectors, ids)
 
 
 def _sources(lift: Lift, found: Combined) -> list[PairSource]:
@@ -171,6 +194,8 @@ def _idiom(lift: Lift, node: Node, found: Combined) -> str:
     if any("grouped_mm" in str(n.target) for n in seen):
         return "sorted, grouped GEMM"
     domains = {type(getattr(lift.of(n), "domain", None)) for n in seen}
+    if Capacity in domains:
+        return "capacity slots, one-hot dispatch"
     if OneExpert in domains:
         return "loop over experts"
     if Everywhere in domains:
@@ -227,6 +252,7 @@ class _Inserted:
     inputs: tuple[Node, ...]
     spec: ExpertsSpec
     slots: int
+    nonnegative: tuple[Node, ...]
 
 
 def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[Node, Node]) -> _Inserted:
@@ -304,8 +330,16 @@ def _emit(
         if found.base is not None:
             out = graph.call_function(aten.add.Tensor, (out, found.base))
             out.meta = dict(old.meta)
-    inputs = tuple(n for n in (read, chosen, weighed, found.base) if n is not None)
-    return _Inserted(old, out, new, inputs, spec, slots)
+    inputs = tuple(r for n in (read, chosen, weighed, found.base) if n is not None for r in _roots(lift, n))
+    signs = tuple(r for n in found.nonnegative for r in _roots(lift, n))
+    return _Inserted(old, out, new, inputs, spec, slots, signs)
+
+
+def _roots(lift: Lift, node: Node) -> list[Node]:
+    """The model's own values that a value which the walk put into the graph was made of."""
+    if node not in lift.made:
+        return [node]
+    return list(dict.fromkeys(root for of in lift.made[node] for root in _roots(lift, of)))
 
 
 def _sizes_like(lift: Lift, node: Node, x: Node) -> tuple[Sequence[int | Node], Node]:

@@ -24,7 +24,8 @@ class Replacement:
     """`new` stands where `old` stood in `layer`; both compute from `inputs`, the values their checking starts
     at.
 
-    `refused` is the code the layer's refusal carries when the two turn out to differ.
+    `refused` is the code the layer's refusal carries when the two turn out to differ; they are equal where the
+    inputs that are in `nonnegative` hold no number below 0.
     """
 
     layer: str
@@ -32,6 +33,7 @@ class Replacement:
     new: Node
     inputs: tuple[Node, ...]
     refused: str
+    nonnegative: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ _MATRICES = frozenset(
     f"aten::{name}"
     for name in (
         *("one_hot", "to", "_to_copy", "t", "transpose", "permute", "unsqueeze", "view", "reshape"),
-        *("select", "mul", "sum", "type_as", "expand", "contiguous", "sigmoid"),
+        *("select", "mul", "sum", "type_as", "expand", "contiguous", "sigmoid", "einsum"),
     )
 )
 _JOINS = ("aten::cat", "aten::concat", "aten::stack")
@@ -160,9 +160,16 @@ def _routing_flow(graph: ProgramGraph) -> nx.DiGraph[Node]:
             if _selects(node, origin):
                 flow.add_node(node, selects=True)
                 flow.add_edge(origin, node)
-            elif _carries(node, origin):
+            elif _carries(node, origin) or _adds(node, flow):
                 flow.add_edge(origin, node)
     return flow
+
+
+def _adds(node: Node, flow: nx.DiGraph[Node]) -> bool:
+    """Matrices of different choices added to each other."""
+    if operator_name(node) != "aten::add" or not is_tensor(node):
+        return False
+    return sum(a in flow or len(shape(a)) == 0 for a in node.all_input_nodes if is_tensor(a)) >= 2
 
 
 def _carries(node: Node, origin: Node) -> bool:

@@ -10,7 +10,9 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import Argument, map_arg
 
 from dsmoe_compiler.ir.body import Terms
 from dsmoe_compiler.ir.graph import (
@@ -30,14 +32,20 @@ from dsmoe_compiler.passes.lift.losses import Lost, ids_in, most_telling
 from dsmoe_compiler.passes.lift.values import (
     Combined,
     DenseSum,
+    Flags,
+    Kept,
+    KeptWeights,
     OneExpert,
     PartialRows,
     PartialSum,
     Rows,
     Value,
+    Within,
 )
 
 SUMS = (PartialSum, DenseSum)
+# Meanings that a value may have and still be a leaf.
+_LEAVES = (Combined, PartialSum, DenseSum, Flags, KeptWeights, Within, NoneType)
 Rule: TypeAlias = Callable[["Lift", Node], Value | None]
 
 
@@ -85,7 +93,8 @@ class Lift:
     `own` holds the tensors of single experts, `packs` those that became one over all experts; `sizes` says of
     a symbol that a count was read into which counts it sums, `counted` of which ids and how many experts;
     `written` are the tokens' rows that a loop wrote, each token having one id; `visited` the experts whose
-    rows loops over some ids add.
+    rows loops over some ids add; `kept` are ids of which pairs were dropped, `restricted` the same
+    by the ids before and the mask, `made` what values that the walk put into the graph were made of.
     """
 
     graph: ProgramGraph
@@ -103,6 +112,9 @@ class Lift:
     overwritten: set[Node] = field(default_factory=set)
     written: list[Node] = field(default_factory=list)
     visited: dict[Node, set[int]] = field(default_factory=dict)
+    kept: dict[Node, Kept] = field(default_factory=dict)
+    restricted: dict[tuple[Node, object], Node] = field(default_factory=dict)
+    made: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
 
     def run(
         self, finish: Callable[[Lift, Node, PartialSum | DenseSum], Combined]
@@ -215,6 +227,21 @@ class Lift:
         """The node's meaning."""
         return self.meaning.get(node) if isinstance(node, Node) else None
 
+    def make(
+        self, op: torch._ops.OpOverload, args: tuple[Argument, ...], val: Tensor, of: tuple[Node, ...]
+    ) -> Node:
+        """A new value of the graph, right after what it reads, made of `of`; erased after the pass if nobody
+        comes to read it.
+        """
+        read = list[Node]()
+        map_arg(args, read.append)
+        after = max(read)
+        with self.graph.graph.inserting_after(after):
+            made = self.graph.graph.call_function(op, args)
+        made.meta = {**after.meta, "val": val}
+        self.made[made] = of
+        return made
+
     def opaque(self, node: object) -> bool:
         """A tensor of the program that has no meaning yet and is no parameter: a possible leaf.
 
@@ -222,7 +249,7 @@ class Lift:
         """
         if not isinstance(node, Node) or not is_tensor(node) or self.expert_parameter(node) is not None:
             return False
-        if not isinstance(self.of(node), (Combined, PartialSum, DenseSum, NoneType)):
+        if not isinstance(self.of(node), _LEAVES):
             return False
         self.require_unwritten(node)
         return True

@@ -70,6 +70,8 @@ class Capacity:
 
     experts: int
     axis: int
+    ids: Node
+    slots: int
     parts: tuple[OneHot, ...]
 
     @property
@@ -229,10 +231,12 @@ class Queue:
     """How many pairs chose an expert up to each pair, in any order of pairs: its place in the expert's queue.
 
     The first place is `start`; pairs of the ids in `before` stand in each queue before those of `ids`. `axes`
-    are a one-hot's, the other experts' numbers being of no use.
+    are a one-hot's, the other experts' numbers being of no use. `counted` is where they were counted: the
+    same ids counted in another order are another queue.
     """
 
     ids: Node
+    counted: Node
     experts: int
     axes: str
     start: int
@@ -262,27 +266,37 @@ class Place:
 
 @dataclass(frozen=True)
 class PlaceHot:
-    """1 at each pair's place among C."""
+    """1 at each pair's place among `classes`, C of them; nowhere if it is none of them."""
 
     place: Place
     axes: str
+    classes: sympy.Expr
+    node: Node
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A pair's place in a queue is at most `most`."""
+    """A pair's place in the queue counted by a node, as starting at 0, is at most `most`."""
 
-    ids: Node
-    start: int
+    counted: Node
     before: tuple[Node, ...]
     most: sympy.Expr
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Of ids made of `parent` by dropping pairs: those past `limit`, or, where it is None, whichever."""
+
+    parent: Node
+    limit: Limit | None
+
+
+@dataclass(frozen=True)
 class Within:
-    """True (or 1) where a pair's place is within a limit; `axes` a one-hot's or the pairs'."""
+    """True (or 1) where the place of a pair of `of` is within a limit; `axes` a one-hot's or the pairs'."""
 
     limit: Limit
+    of: Node
     axes: str
 
 
@@ -469,11 +483,13 @@ class Combined:
     """Rows have become tokens: out[t] = base[t] + Σ over the token's rows of `term`.
 
     Only ids from 0 on and before `visited` contribute, where it is known; else all, as an index takes them.
+    It holds where none of the values in `nonnegative` has a number below 0.
     """
 
     rows: Rows
     base: Node | None = None
     visited: int | None = None
+    nonnegative: tuple[Node, ...] = ()
 
 
 Value: TypeAlias = (
