@@ -266,7 +266,7 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
     if len(tokens) != 1:
         raise Unproven("R303", f"the experts read {len(tokens)} different inputs")
     if len(pairs) > 1:
-        raise Unproven("R301", f"{len(pairs)} different routing weights meet in one layer")
+        raise Unproven("R309", f"{len(pairs)} different routing weights meet in one layer")
     if isinstance(found.rows.domain, Everywhere):
         combine.require_sparse(lift, term)
     if len({p.count for p in params}) != 1:

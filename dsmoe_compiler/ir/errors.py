@@ -16,6 +16,9 @@ CODES: dict[str, str] = {
     "R304": "validation: the fused experts give other numbers than the ones they replace",
     "R305": "the layer's weights hold NaN",
     "R306": "validation: the fused shared experts give other numbers than the ones they replace",
+    "R307": "the experts that are visited are not all there are, each once",
+    "R308": "the experts do not compute the same, each with tensors of its own",
+    "R309": "more than one routing weight meets a pair's row",
     "R401": "the permutation, the counts or the offsets do not come from a sort of the same ids",
     "R402": "the rows are not brought back to the tokens' own order before they are combined",
     "R403": "tokens are gathered with another divisor than the number of ids per token",
@@ -39,12 +42,15 @@ REMEDIES: dict[str, str] = {
     "R203": _A_DEFECT,
     "R301": "let an expert's rows pass only what works on each row alone: linear maps by its expert's "
     "tensors, pointwise operators, slices and concatenations of the width, the mean over the width",
-    "R302": "give every expert the same operators and tensors of the same shapes, and add each one's rows "
-    "exactly once",
+    "R302": "let the rows of an expert meet the tensors of that expert, of as many experts as there are",
     "R303": "let all experts read one value, a row for each token whose ids are used",
     "R304": _A_DEFECT,
     "R305": "repair the weights: a rewrite can be checked only where they hold numbers",
     "R306": _A_DEFECT,
+    "R307": "visit every expert that ids can choose, once, and add its rows to the one sum, slot by slot "
+    "or all slots at once",
+    "R308": "give every expert the same operators and tensors of the same shapes, reading the same values",
+    "R309": "make one weight of the routing weights before it meets the experts' rows: w = w1 * w2",
     "R401": "take permutation, counts and offsets from one sort of one set of ids, in ascending order: "
     "bincount or histc of the ids, cumulated",
     "R402": "bring the rows back by the inverse of the permutation that sorted them, or add each at its "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sysconfig
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from torch.fx import Node
@@ -56,8 +57,8 @@ def _is_installed(path: str) -> bool:
 
 def stack_of(node: Node) -> tuple[Frame, ...]:
     """The calls that made the value, outermost first; torch's own left out unless there are no others."""
-    lines, found = (node.meta.get("stack_trace") or "").splitlines(), list[Frame]()
-    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+    lines, found = [*(node.meta.get("stack_trace") or "").splitlines(), ""], list[Frame]()
+    for line, below in pairwise(lines):
         if (frame := _FRAME.fullmatch(line)) is not None:
             text = "" if _FRAME.fullmatch(below) else below.strip()
             found.append(Frame(frame["file"], int(frame["line"]), frame["function"] or "", text))

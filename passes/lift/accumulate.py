@@ -133,7 +133,7 @@ def _joined(before: tuple[Visit, ...], after: tuple[Visit, ...]) -> tuple[Visit,
     seen = {(v.expert, v.slot) for v in before}
     for visit in after:
         if (visit.expert, visit.slot) in seen or (visit.expert, None) in seen:
-            raise Unproven("R302", f"the rows of {visit.words} are added twice")
+            raise Unproven("R307", f"the rows of {visit.words} are added twice")
     return (*before, *after)
 
 
@@ -248,7 +248,7 @@ def concatenate(lift: Lift, node: Node) -> Value | None:
             return None
         visits.append(Visit(e, row.term))
     if selected_from(own.ids) != len(visits) and lift.counted.get(own.ids) != len(visits):
-        raise Unproven("R302", f"{len(visits)} experts' rows are put together, there may be more")
+        raise Unproven("R307", f"{len(visits)} experts' rows are put together, there may be more")
     return Rows(Pairs(own.ids, own.slots, order), reroll(lift, own.slots, visits), 1, first.trail)
 
 
@@ -259,7 +259,7 @@ def finished(lift: Lift, node: Node, found: PartialSum | DenseSum) -> Combined:
     """
     apart = lift.visited[found.ids] - {v.expert for v in found.visits}
     if apart:
-        raise Unproven("R302", f"the rows of expert {min(apart)} are not in the sum that the others' are in")
+        raise Unproven("R307", f"the rows of expert {min(apart)} are not in the sum that the others' are in")
     if isinstance(found, DenseSum):
         return every_expert.finished(lift, found)
     rows = Rows(Pairs(found.ids, found.slots), reroll(lift, found.slots, found.visits), 1, (found.width,))

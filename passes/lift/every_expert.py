@@ -74,7 +74,7 @@ def add(lift: Lift, node: Node) -> Value | None:
                 return None
             visits = (*so_far.visits, *found.visits)
             if len({v.expert for v in visits}) != len(visits):
-                raise Unproven("R302", "an expert's rows are added twice")
+                raise Unproven("R307", "an expert's rows are added twice")
             return replace(so_far, visits=visits, base=so_far.base or found.base)
         unfinished = len(so_far.visits) < (selected_from(so_far.ids) or 0)
         fits = is_tensor(other) and _same(shape(other), shape(node)) and lift.opaque(other)
@@ -88,7 +88,7 @@ def finished(lift: Lift, found: DenseSum) -> Combined:
     visits = sorted(found.visits, key=lambda v: v.expert)
     weights = {v.weight for v in visits}
     if len(weights) != 1:
-        raise Unproven("R302", "the experts' rows are weighed by different weights")
+        raise Unproven("R308", "the experts' rows are weighed by different weights")
     if _between(lift, [v.rows for v in visits]) is None:
         raise Unproven("R303", "the experts do not apply the same operators to one value")
     term = same_experts(lift, [(v.expert, v.rows) for v in visits])

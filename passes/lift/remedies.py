@@ -41,6 +41,7 @@ _OF_ROUTING: dict[type, str] = {
     values.Outside: "take the rows of the pairs that chose the expert: by ids == e, not by ids != e",
     values.Counts: "cumulate the counts into offsets, or cut the sorted rows by them on the host",
     values.Column: "let the column of an expert's weights meet the expert's rows in one product",
+    values.SlotOf: "index what has a row for each token by the tokens, and weights by tokens and slots",
     values.TokenOf: "index tokens and weights by the whole list of an expert's tokens",
     values.OneHot: "take an expert's mask from the one-hot, weigh it and sum it over the slots, or count "
     "places in it by one cumsum over all pairs",

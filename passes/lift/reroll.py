@@ -24,10 +24,10 @@ def reroll(lift: Lift, slots: int, visits: Sequence[Visit]) -> int:
     """
     experts = sorted({v.expert for v in visits})
     if experts[0] < 0:
-        raise Unproven("R302", f"a loop visits expert {experts[0]}, experts are numbered from 0")
+        raise Unproven("R307", f"a loop visits expert {experts[0]}, experts are numbered from 0")
     if experts != list(range(len(experts))):
         missing = next(e for e in range(experts[-1] + 1) if e not in experts)
-        raise Unproven("R302", f"expert {missing} is left out of a loop that visits expert {experts[-1]}")
+        raise Unproven("R307", f"expert {missing} is left out of a loop that visits expert {experts[-1]}")
     return _Walk(lift).same(tuple(_of_expert(e, slots, visits) for e in experts))
 
 
@@ -37,10 +37,10 @@ def _of_expert(expert: int, slots: int, visits: Sequence[Visit]) -> int:
     visited = sorted(v.slot for v in own if v.slot is not None)
     if visited and visited != list(range(slots)):
         missing = next(k for k in range(slots) if k not in visited)
-        raise Unproven("R302", f"slot {missing} is left out for expert {expert}")
+        raise Unproven("R307", f"slot {missing} is left out for expert {expert}")
     if len({v.term for v in own}) != 1:
         raise Unproven(
-            "R302", f"expert {expert} computes something else in slot {own[-1].slot} than in slot 0"
+            "R308", f"expert {expert} computes something else in slot {own[-1].slot} than in slot 0"
         )
     return own[0].term
 
@@ -62,7 +62,7 @@ class _Walk:
             return self._packed([str(s.attrs[0]) for s in steps])
         for e, step in enumerate(steps[1:], 1):
             if (step.op, step.attrs) != (first.op, first.attrs):
-                raise Unproven("R302", f"expert {e} {_words(step)}, expert 0 {_words(first)}")
+                raise Unproven("R308", f"expert {e} {_words(step)}, expert 0 {_words(first)}")
         if not first.args:
             return terms[0]
         args = tuple(self.same(tuple(s.args[i] for s in steps)) for i in range(len(first.args)))
@@ -73,7 +73,7 @@ class _Walk:
         for e, part in enumerate(parts):
             if (shape(part), dtype(part)) != (shape(parts[0]), dtype(parts[0])):
                 kinds = f"a weight of expert {e} is {_kind(part)}, of expert 0 {_kind(parts[0])}"
-                raise Unproven("R302", kinds)
+                raise Unproven("R308", kinds)
         return self.lift.pack(parts)
 
 

@@ -132,7 +132,7 @@ class Lift:
         for node, found in list(self.meaning.items()):
             if isinstance(found, PartialRows) and not any(self._writes_on(u, node) for u in node.users):
                 written = " and ".join(str(v.expert) for v in found.visits)
-                self._lose(node, "R302", f"only rows of expert {written} are written, others can be chosen")
+                self._lose(node, "R307", f"only rows of expert {written} are written, others can be chosen")
             if isinstance(found, SUMS) and not any(self._adds_to(u, node) for u in node.users):
                 ids = found.ids
                 try:
@@ -204,8 +204,8 @@ class Lift:
     def _is_of_experts(self, found: Value) -> bool:
         if not isinstance(found, Rows):
             return False
-        one = isinstance(found.domain, OneExpert)
-        return one or bool(self.terms.leaves(found.term, "expert") or self.terms.leaves(found.term, "own"))
+        own = ("token", "expert", "own") if isinstance(found.domain, OneExpert) else ("expert", "own")
+        return any(self.terms.leaves(found.term, leaf) for leaf in own)
 
     def _lose(self, node: Node, code: str, because: str, silent: bool = False) -> None:
         """Write down that meaning ends at a node; with no reason, that no rule knows its operator."""
