@@ -32,6 +32,7 @@ from dsmoe_compiler.ir.passes import LayerFacts, PassLog, Replacement
 from dsmoe_compiler.ir.spec import DTYPES, ExpertsSpec, MoESpec, to_text
 from dsmoe_compiler.passes.lift import (
     accumulate,
+    along_width,
     capacity,
     combine,
     coordinates,
@@ -53,6 +54,7 @@ from dsmoe_compiler.passes.lift.discover import Selection, find_selections, sele
 from dsmoe_compiler.passes.lift.explain import Explainer, refusal_at
 from dsmoe_compiler.passes.lift.ranges import inside, never_negative
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, has_slots, row_base
+from dsmoe_compiler.passes.lift.tensors import ExpertsTensor, emit, experts_tensors
 from dsmoe_compiler.passes.lift.values import (
     Capacity,
     Combined,
@@ -82,6 +84,7 @@ _FAMILIES = (
     gather.RULES,
     product.RULES,
     combine.RULES,
+    along_width.RULES,
     rowwise.RULES,
 )
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -132,9 +135,7 @@ class LiftExperts:
                 log.layer(replace(facts, refusal=refusal, explanation=understood))
                 continue
             log.replace(
-                Replacement(
-                    facts.name, experts.old, experts.new, experts.inputs, "R304", experts.nonnegative
-                )
+                Replacement(facts.name, experts.old, experts.new, experts.inputs, "R304", experts.nonnegative)
             )
             standing[experts.old] = experts.new
             spec = MoESpec(experts.slots, experts.spec)
@@ -223,28 +224,6 @@ def _counted(lift: Lift, node: Node, found: Combined) -> int | None:
 
 
 @dataclass(frozen=True)
-class _ExpertsTensor:
-    """A tensor with the experts first: a parameter, or the experts' own tensors one after the other."""
-
-    parts: tuple[Node, ...]
-    packed: bool
-
-    @property
-    def count(self) -> int:
-        if self.packed:
-            return len(self.parts)
-        experts = shape(self.parts[0])[0]
-        assert isinstance(experts, int)
-        return experts
-
-
-def _experts_tensor(lift: Lift, name: str) -> _ExpertsTensor:
-    if name in lift.packs:
-        return _ExpertsTensor(lift.packs[name], packed=True)
-    return _ExpertsTensor((lift.params[name],), packed=False)
-
-
-@dataclass(frozen=True)
 class _Inserted:
     old: Node
     new: Node
@@ -262,18 +241,19 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
     """
     terms, term = lift.terms, found.rows.term
     tokens, pairs = terms.leaves(term, "token"), _sources(lift, found)
-    params = [_experts_tensor(lift, str(s.attrs[0])) for s in terms.leaves(term, "expert")]
+    params = experts_tensors(lift, term)
+    counts = {p.count for p in params.values()} - {None}
     if len(tokens) != 1:
         raise Unproven("R303", f"the experts read {len(tokens)} different inputs")
     if len(pairs) > 1:
         raise Unproven("R309", f"{len(pairs)} different routing weights meet in one layer")
     if isinstance(found.rows.domain, Everywhere):
         combine.require_sparse(lift, term)
-    if len({p.count for p in params}) != 1:
+    if len(counts) != 1:
         raise Unproven("R302", "the layer's weights are not all indexed by the same experts")
     x = lift.tokens[str(tokens[0].attrs[0])]
     x = standing.get(x, x)
-    experts, hidden, slots = params[0].count, shape(x)[-1], shape(ids)[-1] if has_slots(ids) else 1
+    experts, hidden, slots = counts.pop(), shape(x)[-1], shape(ids)[-1] if has_slots(ids) else 1
     assert isinstance(experts, int) and isinstance(hidden, int) and isinstance(slots, int)
     tokens_of_ids, added = count_tokens(ids), _rows(node)
     if not same_size(_rows(x), tokens_of_ids):
@@ -285,10 +265,10 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
     old = _through_cast(node)
     rename = {tokens[0]: Step("x")}
     rename |= {s: Step("w") for s in terms.leaves(term, "pair")}
-    rename |= {s: Step("p", (), (i,)) for i, s in enumerate(terms.leaves(term, "expert"))}
+    rename |= {s: Step("p", (), (i,)) for i, s in enumerate(params)}
     out = str(dtype(old)).removeprefix("torch.") if old is not node else None
     spec = ExpertsSpec(experts, hidden, terms.body(term, rename), out)
-    return _emit(lift, node, old, x, ids, pairs, params, spec, slots, found)
+    return _emit(lift, node, old, x, ids, pairs, list(params.values()), spec, slots, found)
 
 
 def _rows(node: Node) -> Size:
@@ -303,7 +283,7 @@ def _emit(
     x: Node,
     ids: Node,
     pairs: list[PairSource],
-    params: list[_ExpertsTensor],
+    params: list[ExpertsTensor],
     spec: ExpertsSpec,
     slots: int,
     found: Combined,
@@ -319,7 +299,7 @@ def _emit(
         elif not never_negative(lift.graph, ids):
             experts = _wrapped(lift, ids_TK, spec.count)
         weights, weighed = _weights(lift, pairs, ids, ids_TK, tokens, slots, x_TD)
-        tensors = [_packed(lift, p, node) if p.packed else p.parts[0] for p in params]
+        tensors = [emit(lift, p, spec.count, node) for p in params]
         new = graph.call_function(ops.EXPERTS, (x_TD, experts, weights, tensors, to_text(spec)))
         new.meta = {k: v for k, v in old.meta.items() if k != "tensor_meta"}
         out = new
@@ -370,14 +350,6 @@ def _as_rows(lift: Lift, x: Node) -> Node:
         return x
     made = lift.graph.graph.call_function(aten.reshape.default, (x, [-1, shape(x)[-1]]))
     made.meta = {**x.meta, "val": value(x).reshape(_rows(x), shape(x)[-1])}
-    return made
-
-
-def _packed(lift: Lift, tensor: _ExpertsTensor, near: Node) -> Node:
-    """The experts' own tensors as one."""
-    made = lift.graph.graph.call_function(ops.PACK, (list(tensor.parts),))
-    first = value(tensor.parts[0])
-    made.meta = {**near.meta, "val": first.new_empty((tensor.count, *first.shape))}
     return made
 
 

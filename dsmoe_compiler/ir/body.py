@@ -30,18 +30,20 @@ class Operator:
     commutes: bool = False
 
 
-# Every row is (rows, width). `linear` is x @ Pᵀ with P (out, in), `matmul` is x @ P with P (in, out).
+# Every row is (rows, width). `linear` is x @ Pᵀ with P (out, in), `matmul` is x @ P with P (in, out); the
+# others are torch's of these names, along the width where they have a dimension: `ir.reference` defines all.
 OPERATORS: dict[str, Operator] = {
     "x": Operator(0),
     "w": Operator(0),
     "p": Operator(0, ("index",)),
     "const": Operator(0, ("value",)),
     # Leaves of a term still being built, named by the graph value they stand for; a finished Body has none of
-    # them.
+    # them: a token, a number a pair, a tensor with the experts first, one expert's own, one that all share.
     "token": Operator(0, ("node",)),
     "pair": Operator(0, ("node",)),
     "expert": Operator(0, ("node",)),
     "own": Operator(0, ("node",)),
+    "shared": Operator(0, ("node",)),
     "linear": Operator(2),
     "matmul": Operator(2),
     "add": Operator(2, commutes=True),
@@ -51,27 +53,79 @@ OPERATORS: dict[str, Operator] = {
     "minimum": Operator(2, commutes=True),
     "maximum": Operator(2, commutes=True),
     "concat": Operator(2),
+    # Pointwise.
     "neg": Operator(1),
     "abs": Operator(1),
+    "sign": Operator(1),
     "exp": Operator(1),
+    "exp2": Operator(1),
+    "expm1": Operator(1),
     "log": Operator(1),
+    "log2": Operator(1),
+    "log1p": Operator(1),
     "sqrt": Operator(1),
     "rsqrt": Operator(1),
+    "reciprocal": Operator(1),
+    "sin": Operator(1),
+    "cos": Operator(1),
     "erf": Operator(1),
     "tanh": Operator(1),
     "sigmoid": Operator(1),
+    "log_sigmoid": Operator(1),
     "relu": Operator(1),
     "silu": Operator(1),
+    "mish": Operator(1),
+    "selu": Operator(1),
+    "hardswish": Operator(1),
+    "hardsigmoid": Operator(1),
     "gelu": Operator(1),
     "gelu_tanh": Operator(1),
     "softplus": Operator(1),
-    "mean": Operator(1),
+    "leaky_relu": Operator(1, ("negative_slope",)),
+    "elu": Operator(1, ("alpha", "scale", "input_scale")),
+    "celu": Operator(1, ("alpha",)),
+    "threshold": Operator(1, ("threshold", "value")),
+    "softshrink": Operator(1, ("lambd",)),
+    "hardshrink": Operator(1, ("lambd",)),
     "pow": Operator(1, ("exponent",)),
     "clamp": Operator(1, ("min", "max")),
     "cast": Operator(1, ("dtype",)),
+    # Truth values, and what chooses by them.
+    "gt": Operator(2),
+    "ge": Operator(2),
+    "lt": Operator(2),
+    "le": Operator(2),
+    "eq": Operator(2, commutes=True),
+    "ne": Operator(2, commutes=True),
+    "logical_and": Operator(2, commutes=True),
+    "logical_or": Operator(2, commutes=True),
+    "logical_not": Operator(1),
+    "where": Operator(3),
+    # Along the width: to one number, or to a row of another width, or each number by all of them.
+    "sum": Operator(1),
+    "mean": Operator(1),
+    "amax": Operator(1),
+    "amin": Operator(1),
+    "logsumexp": Operator(1),
+    "norm": Operator(1, ("ord",)),
+    "var": Operator(1, ("correction",)),
+    "std": Operator(1, ("correction",)),
     "slice": Operator(1, ("start", "stop", "step")),
+    "expand": Operator(1, ("width",)),
+    "glu": Operator(1),
+    "softmax": Operator(1),
+    "log_softmax": Operator(1),
+    # A weight of 1 and a bias of 0 are none.
+    "layer_norm": Operator(3, ("eps",)),
+    "rms_norm": Operator(2, ("eps",)),
 }
-ACTIVATIONS = frozenset({"relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "softplus"})
+LEAVES = frozenset({"token", "pair", "expert", "own", "shared"})
+ACTIVATIONS = frozenset(
+    {
+        *("relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "softplus", "mish", "selu", "hardswish"),
+        *("hardsigmoid", "leaky_relu", "elu", "celu"),
+    }
+)
 GEMMS = frozenset({"linear", "matmul"})
 
 

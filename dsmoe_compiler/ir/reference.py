@@ -17,6 +17,20 @@ from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, RouterSpec, SharedSpec
 
 Operand = Tensor | float | int
 
+
+def _layer_norm(a: Tensor, weight: Operand, bias: Operand, eps: float) -> Tensor:
+    """`aten.layer_norm` over the width, rounded to a's dtype once, at the end, as torch's kernels do."""
+    wide = a.to(torch.promote_types(a.dtype, torch.float32))
+    return (F.layer_norm(wide, a.shape[-1:], eps=eps) * weight + bias).to(a.dtype)
+
+
+def _rms_norm(a: Tensor, weight: Operand, eps: float | None) -> Tensor:
+    """`aten.rms_norm` over the width, rounded to a's dtype once; without an eps, that of the wider dtype."""
+    wide = a.to(torch.promote_types(a.dtype, torch.float32))
+    eps = torch.finfo(wide.dtype).eps if eps is None else eps
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(a.dtype)
+
+
 # What each operator does to rows (n, width) on one expert's parameters.
 _TORCH: dict[str, Callable[..., Operand]] = {
     "linear": F.linear,
@@ -30,23 +44,65 @@ _TORCH: dict[str, Callable[..., Operand]] = {
     "concat": lambda a, b: torch.cat([a, b], -1),
     "neg": torch.neg,
     "abs": torch.abs,
+    "sign": torch.sign,
     "exp": torch.exp,
+    "exp2": torch.exp2,
+    "expm1": torch.expm1,
     "log": torch.log,
+    "log2": torch.log2,
+    "log1p": torch.log1p,
     "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+    "sin": torch.sin,
+    "cos": torch.cos,
     "erf": torch.erf,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "log_sigmoid": F.logsigmoid,
     "relu": torch.relu,
     "silu": F.silu,
+    "mish": F.mish,
+    "selu": F.selu,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
     "gelu": F.gelu,
     "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
     "softplus": F.softplus,
-    "mean": lambda a: a.mean(-1, keepdim=True),
+    "leaky_relu": F.leaky_relu,
+    "elu": torch.ops.aten.elu,
+    "celu": F.celu,
+    "threshold": F.threshold,
+    "softshrink": F.softshrink,
+    "hardshrink": F.hardshrink,
     "pow": torch.pow,
     "clamp": torch.clamp,
     "cast": lambda a, dtype: a.to(getattr(torch, dtype)),
+    "gt": torch.gt,
+    "ge": torch.ge,
+    "lt": torch.lt,
+    "le": torch.le,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "logical_and": torch.logical_and,
+    "logical_or": torch.logical_or,
+    "logical_not": torch.logical_not,
+    "where": torch.where,
+    "sum": lambda a: a.sum(-1, keepdim=True),
+    "mean": lambda a: a.mean(-1, keepdim=True),
+    "amax": lambda a: a.amax(-1, keepdim=True),
+    "amin": lambda a: a.amin(-1, keepdim=True),
+    "logsumexp": lambda a: a.logsumexp(-1, keepdim=True),
+    "norm": lambda a, order: torch.linalg.vector_norm(a, order, -1, keepdim=True),
+    "var": lambda a, correction: a.var(-1, correction=correction, keepdim=True),
+    "std": lambda a, correction: a.std(-1, correction=correction, keepdim=True),
     "slice": lambda a, start, stop, step: a[..., start:stop:step],
+    "expand": lambda a, width: a.expand(*a.shape[:-1], width),
+    "glu": F.glu,
+    "softmax": lambda a: a.softmax(-1),
+    "log_softmax": lambda a: a.log_softmax(-1),
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
 }
 
 

@@ -20,6 +20,12 @@ from typing import Any, Literal, TypeVar
 from dsmoe_compiler.ir.body import ACTIVATIONS, GEMMS, Body, Step, parse_body
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+# The operators of bodies that the field has names for.
+_PLAIN = (
+    ACTIVATIONS
+    | GEMMS
+    | {"x", "w", "p", "const", "add", "sub", "mul", "minimum", "maximum", "neg", "clamp", "cast", "slice"}
+)
 
 
 @dataclass(frozen=True)
@@ -280,7 +286,7 @@ def _below(body: Body, at: int) -> set[str]:
 def _kind(body: Body) -> str:
     ops = {s.op for s in body.steps}
     activations = sorted(ops & ACTIVATIONS)
-    if len(activations) != 1 or ops & {"mean", "concat", "exp", "div", "pow", "log"}:
+    if len(activations) != 1 or ops - _PLAIN:
         return "custom"
     names = {"silu": "SwiGLU", "gelu": "GeGLU", "gelu_tanh": "GeGLU(tanh)", "relu": "ReGLU", "sigmoid": "GLU"}
     clamped = "clamped " if "clamp" in ops else ""

@@ -97,7 +97,7 @@ def run_experts(
         # index_select copies whole rows; indexing with a tensor was eight times slower at 6144 rows of 768.
         x = x_TD.expand(len(pairs), -1) if tokens == 1 else x_TD.index_select(0, pairs // slots)
         # An expert's vectors (biases) are gathered per row; its matrices stay where they are.
-        per_row = [p if p.dim() > 2 else p[flat_ids[pairs]] for p in params]
+        per_row = [p if p.dim() > 2 else _vectors(p, flat_ids, pairs) for p in params]
         y = reference.evaluate(spec.body, x, flat_w.index_select(0, pairs), per_row, _Grouped(run))
         # Summed while the rows are in the cache: a buffer for all P of them is fresh pages at every call.
         summed = torch.promote_types(y.dtype, torch.float32)
@@ -110,6 +110,11 @@ def run_experts(
         out_TD.index_add_(0, pairs // slots, y.to(summed))
     assert out_TD is not None
     return out_TD.to(reference.out_dtype(spec, y.dtype))
+
+
+def _vectors(vectors: Tensor, flat_ids: Tensor, pairs: Tensor) -> Tensor:
+    """Each row's vector (P, width), or the one that all experts share (1, width)."""
+    return vectors[:1] if vectors.stride(0) == 0 else vectors[flat_ids[pairs]]
 
 
 def _cache_sized(segments: list[_Segment]) -> Iterator[list[_Segment]]:
@@ -135,6 +140,8 @@ class _Grouped:
     def __call__(self, step: Step, rows: Tensor, weight: Tensor) -> Tensor:
         """rows (P, in) and weight (E, out, in), or (E, in, out) for "matmul", to (P, out)."""
         transposed = step.op == "linear"
+        if weight.stride(0) == 0:  # one matrix that all experts share
+            return torch.mm(rows, weight[0].t() if transposed else weight[0])
         out = rows.new_empty(rows.shape[0], weight.shape[1 if transposed else 2])
         first = self.segments[0][1]
         for e, start, stop in self.segments:

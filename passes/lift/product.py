@@ -3,7 +3,8 @@
 grouped_mm(rows, P, offsets)       sorted rows, each with its expert's matrix
 bmm(P[ids], row columns)           pairs in their own order, each with its gathered matrix
 bmm(rows (E, T, D), P)             every token with every expert's matrix
-linear(rows of expert e, P[e], b)   one expert's rows with its own matrix
+linear(rows of expert e, P[e], b)  one expert's rows with its own matrix
+linear(rows, S)                    any rows with a matrix that all experts share
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape
 from dsmoe_compiler.passes.lift.gather import tokens_everywhere
+from dsmoe_compiler.passes.lift.operands import fixed_operand
 from dsmoe_compiler.passes.lift.ranges import require_counted
 from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import GRIDS, Offsets, OneExpert, Pairs, Rows, Value
@@ -55,7 +57,12 @@ def batched(lift: Lift, node: Node) -> Value | None:
         if not _same_rows(node, left, right, a.lead):
             return None
         return _gathered(lift, a, b, column=True) if a.is_matrix else _gathered(lift, b, a, column=False)
-    weights = lift.expert_parameter(right)
+    return _everywhere(lift, left, right)
+
+
+def _everywhere(lift: Lift, left: object, right: object) -> Rows | None:
+    """Every token's rows (E, T, D) with every expert's matrix (E, D, F)."""
+    a, weights = lift.rows(left), lift.expert_parameter(right)
     if weights is None or len(shape(weights[0])) != 3:
         return None
     parameter, flipped = weights
@@ -91,8 +98,8 @@ def _gathered(lift: Lift, matrix: Rows, rows: Rows, *, column: bool) -> Rows | N
     return Rows(domain, term, rows.lead, (out, 1) if column else (1, out))
 
 
-def own_linear(lift: Lift, node: Node) -> Value | None:
-    """linear(rows, P[e], b[e]), rows @ P[e], addmm(b[e], rows, P[e]): one expert's rows with its tensors."""
+def linear(lift: Lift, node: Node) -> Value | None:
+    """linear(rows, W, b), rows @ W, addmm(b, rows, W): W one expert's own, its entry, or all experts'."""
     match operator_name(node), node.args:
         case "aten::linear", (source, weight, *rest):
             bias = rest[0] if rest else argument(node, "bias")
@@ -103,41 +110,41 @@ def own_linear(lift: Lift, node: Node) -> Value | None:
         case _:
             return None
     rows = lift.rows(source)
-    if rows is None or not isinstance(rows.domain, OneExpert) or len(rows.trail) != 1:
+    if rows is None or len(rows.trail) != 1 or not isinstance(weight, Node):
         return None
-    found = lift.own_parameter(weight, rows.domain.expert)
-    if found is None or len(found[1]) != 2:
-        raise Unproven(
-            "R301", f"{rows.domain.words} are multiplied by %{weight}, no tensor of the expert's own"
-        )
+    found = _matrix(lift, rows, weight)
+    if found is None:
+        return None
     leaf, sizes, flipped = found
     transposed = operator_name(node) == "aten::linear"
-    op = "linear" if transposed != flipped else "matmul"
-    term = lift.terms.number(op, (rows.term, leaf))
     width = sizes[(0 if transposed else 1) ^ flipped]
-    if bias is not None:
-        vector = lift.own_parameter(bias, rows.domain.expert)
-        if vector is None or vector[1] != (width,):
-            return None
-        term = lift.terms.number("add", (term, vector[0]))
-    return rows.like(term, (width,))
-
-
-def own_vector(lift: Lift, node: Node) -> Value | None:
-    """rows + b[e], rows * s[e]: one expert's rows with a vector of its own."""
-    op = _VECTORS[operator_name(node)]
-    if argument(node, "alpha", 1) != 1 or argument(node, "rounding_mode"):
+    op = "linear" if transposed != flipped else "matmul"
+    made = rows.like(lift.terms.number(op, (rows.term, leaf)), (width,))
+    if bias is None:
+        return made
+    vector = None
+    if isinstance(bias, Node) and bias in lift.fixed:
+        vector = fixed_operand(lift, bias, made, node)
+    if vector is None or vector.width not in (1, width):
         return None
-    for rows_at, vector_at in ((0, 1), (1, 0)):
-        rows, vector = lift.rows(node.args[rows_at]), node.args[vector_at]
-        if rows is None or not isinstance(rows.domain, OneExpert) or not is_tensor(vector):
-            continue
-        found = lift.own_parameter(vector, rows.domain.expert)
-        if found is None or found[1] != rows.trail:
-            continue
-        operands = (rows.term, found[0]) if rows_at == 0 else (found[0], rows.term)
-        return rows.like(lift.terms.number(op, operands))
-    return None
+    return made.like(lift.terms.number("add", (made.term, vector.term)))
+
+
+def _matrix(lift: Lift, rows: Rows, weight: Node) -> tuple[int, tuple[int, ...], bool] | None:
+    """(leaf, shape, whether its dimensions are swapped) of a matrix that these rows meet."""
+    if isinstance(rows.domain, OneExpert):
+        found = lift.own_parameter(weight, rows.domain.expert)
+        if found is not None and len(found[1]) == 2:
+            return found
+        because = f"{rows.domain.words} are multiplied by %{weight}, no tensor of the expert's own"
+        raise Unproven("R301", because)
+    shared = lift.expert_parameter(weight)
+    if shared is None or len(shape(shared[0])) != 2:
+        return None
+    matrix, flipped = shared
+    outer, inner = shape(matrix)
+    assert isinstance(outer, int) and isinstance(inner, int)
+    return lift.share(matrix), (outer, inner), flipped
 
 
 def einsum(lift: Lift, node: Node) -> Value | None:
@@ -182,41 +189,27 @@ def _product(lift: Lift, rows: Rows, parameter: Node, op: str, trail: tuple[int,
     return rows.like(lift.terms.number(op, (rows.term, lift.expert(parameter))), trail)
 
 
-def expert_bias(lift: Lift, node: Node) -> Value | None:
-    """rows (E, T, F) + bias (E, 1, F), rows (T, E, F) + bias (E, F): an expert's vector a row."""
-    for rows_at, bias_at in ((0, 1), (1, 0)):
-        rows, bias = lift.rows(node.args[rows_at]), node.args[bias_at]
-        if rows is None or not isinstance(rows.domain, GRIDS) or not isinstance(bias, Node):
-            continue
-        vector = _beside(bias, rows.domain.axis)
-        found = None if vector is None else lift.expert_parameter(vector)
-        if found is None or found[1] or rows.lead != 2 or argument(node, "alpha", 1) != 1:
-            continue
-        if shape(found[0]) == (rows.domain.experts, *rows.trail) and len(shape(node)) == 3:
-            return rows.like(lift.terms.number("add", (rows.term, lift.expert(found[0]))))
-    return None
+def biased(lift: Lift, node: Node) -> Value | None:
+    """baddbmm(bias (E, 1, F), rows (E, T, D), W (E, D, F))."""
+    bias, left, right = node.args[:3]
+    if argument(node, "beta") != 1 or argument(node, "alpha") != 1 or bias not in lift.fixed:
+        return None
+    made = _everywhere(lift, left, right)
+    assert isinstance(bias, Node)
+    vector = None if made is None else fixed_operand(lift, bias, made, node)
+    if made is None or vector is None:
+        return None
+    return made.like(lift.terms.number("add", (made.term, vector.term)))
 
 
-def _beside(bias: Node, axis: int) -> Node | None:
-    """The (E, F) value under dimensions of size 1 that put its experts on `axis` of three."""
-    if bias.target is aten.unsqueeze.default and argument(bias, "dim") % len(shape(bias)) == 1 - axis:
-        below = bias.args[0]
-        return below if isinstance(below, Node) else None
-    return bias if axis == 1 and is_tensor(bias) and len(shape(bias)) == 2 else None
-
-
-_VECTORS = {"aten::add": "add", "aten::sub": "sub", "aten::mul": "mul", "aten::div": "div"}
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::_grouped_mm": (grouped,),
     "transformers::grouped_mm_fallback": (grouped,),
     "aten::bmm": (batched,),
-    "aten::linear": (own_linear,),
-    "aten::mm": (own_linear,),
-    "aten::addmm": (own_linear,),
-    "aten::matmul": (own_linear, batched),
+    "aten::baddbmm": (biased,),
+    "aten::linear": (linear,),
+    "aten::mm": (linear,),
+    "aten::addmm": (linear,),
+    "aten::matmul": (linear, batched),
     "aten::einsum": (einsum,),
-    "aten::add": (expert_bias, own_vector),
-    "aten::sub": (own_vector,),
-    "aten::mul": (own_vector,),
-    "aten::div": (own_vector,),
 }

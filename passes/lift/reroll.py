@@ -2,7 +2,7 @@
 
 A loop's bodies, unrolled, differ in their weights alone. Walking the terms of all experts at once, each
 place must hold the same operator everywhere; where they hold tensors of their own, these become one tensor
-with the experts first, made of the parts in the experts' order.
+with the experts first, made of the parts in the experts' order, or, where all hold the same, one they share.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class _Walk:
         return table.number(first.op, args, first.attrs)
 
     def _packed(self, names: list[str]) -> int:
+        if len(set(names)) == 1:
+            return self.lift.share(self.lift.own[names[0]])
         parts = tuple(self.lift.own[name] for name in names)
         for e, part in enumerate(parts):
             if (shape(part), dtype(part)) != (shape(parts[0]), dtype(parts[0])):
@@ -78,7 +80,13 @@ class _Walk:
 
 
 def _words(step: Step) -> str:
-    names = {"token": "reads %", "pair": "weighs by %", "expert": "uses @", "own": "uses @"}
+    names = {
+        "token": "reads %",
+        "pair": "weighs by %",
+        "expert": "uses @",
+        "own": "uses @",
+        "shared": "uses @",
+    }
     if step.op in names:
         return f"{names[step.op]}{step.attrs[0]}"
     if step.op == "const":

@@ -1,4 +1,4 @@
-"""Rules that extend a row's term: what is pointwise, or along the last dimension, and leaves the rows alone.
+"""Rules that extend a row's term: what is pointwise, or moves a row's numbers, and leaves the rows alone.
 
 One rule per shape of operator, not per operator: the tables say which body operator an ATen operator is.
 """
@@ -7,34 +7,38 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
-from dsmoe_compiler.ir.body import Attr
-from dsmoe_compiler.ir.graph import Size, depends_on_data, is_tensor, same_size, shape, value
-from dsmoe_compiler.passes.lift.gather import is_pair_shaped
-from dsmoe_compiler.passes.lift.state import (
-    Lift,
-    NotStatic,
-    PairSource,
-    Rule,
-    Unproven,
-    argument,
-    operator_name,
-)
+from dsmoe_compiler.ir.body import OPERATORS, Attr
+from dsmoe_compiler.ir.graph import Size, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift.operands import joined
+from dsmoe_compiler.passes.lift.state import Lift, NotStatic, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import GRIDS, OneExpert, Pairs, Parts, Rows, Value
 
 UNARY = {
-    "aten::neg": "neg",
-    "aten::abs": "abs",
-    "aten::exp": "exp",
-    "aten::log": "log",
-    "aten::sqrt": "sqrt",
-    "aten::rsqrt": "rsqrt",
-    "aten::erf": "erf",
-    "aten::tanh": "tanh",
-    "aten::sigmoid": "sigmoid",
-    "aten::relu": "relu",
-    "aten::silu": "silu",
+    f"aten::{name}": name
+    for name in (
+        *(
+            "neg",
+            "abs",
+            "sign",
+            "exp",
+            "exp2",
+            "expm1",
+            "log",
+            "log2",
+            "log1p",
+            "sqrt",
+            "rsqrt",
+            "reciprocal",
+        ),
+        *("sin", "cos", "erf", "tanh", "sigmoid", "log_sigmoid", "relu", "silu", "mish", "selu", "hardswish"),
+        "hardsigmoid",
+    )
+}
+WITH_NUMBERS = {
+    f"aten::{name}": name for name in ("leaky_relu", "elu", "celu", "threshold", "softshrink", "hardshrink")
 }
 BINARY = {
     "aten::add": "add",
@@ -43,6 +47,22 @@ BINARY = {
     "aten::div": "div",
     "aten::minimum": "minimum",
     "aten::maximum": "maximum",
+    "aten::gt": "gt",
+    "aten::ge": "ge",
+    "aten::lt": "lt",
+    "aten::le": "le",
+    "aten::eq": "eq",
+    "aten::ne": "ne",
+}
+TRUTH = {
+    "aten::logical_and": "logical_and",
+    "aten::bitwise_and": "logical_and",
+    "aten::__and__": "logical_and",
+    "aten::logical_or": "logical_or",
+    "aten::bitwise_or": "logical_or",
+    "aten::__or__": "logical_or",
+    "aten::logical_not": "logical_not",
+    "aten::bitwise_not": "logical_not",
 }
 _WHOLE = 2**62  # a slice's stop at or past this means "to the end"
 
@@ -61,6 +81,15 @@ def gelu(lift: Lift, node: Node) -> Value | None:
         if rows
         else None
     )
+
+
+def with_numbers(lift: Lift, node: Node) -> Value | None:
+    """One row in, one row out, the operator's other arguments numbers."""
+    rows, op = lift.rows(node.args[0]), WITH_NUMBERS[operator_name(node)]
+    if rows is None:
+        return None
+    numbers = [argument(node, name) for name in OPERATORS[op].attrs]
+    return _applied(lift, rows, op, tuple(numbers)) if all(map(_is_number, numbers)) else None
 
 
 def softplus(lift: Lift, node: Node) -> Value | None:
@@ -88,9 +117,18 @@ def clamp(lift: Lift, node: Node) -> Value | None:
     """clamp, clamp_min, clamp_max by numbers."""
     rows = lift.rows(node.args[0])
     low, high = argument(node, "min"), argument(node, "max")
-    if rows is None or not all(b is None or isinstance(b, (int, float)) for b in (low, high)):
+    if rows is None or not all(b is None or _is_number(b) for b in (low, high)):
         return None
     return _applied(lift, rows, "clamp", (low, high))
+
+
+def hardtanh(lift: Lift, node: Node) -> Value | None:
+    """hardtanh, relu6: a clamp."""
+    rows = lift.rows(node.args[0])
+    bounds = (0, 6)
+    if operator_name(node) == "aten::hardtanh":
+        bounds = (argument(node, "min_val"), argument(node, "max_val"))
+    return _applied(lift, rows, "clamp", bounds) if rows else None
 
 
 def cast(lift: Lift, node: Node) -> Value | None:
@@ -106,22 +144,46 @@ def cast(lift: Lift, node: Node) -> Value | None:
 
 
 def binary(lift: Lift, node: Node) -> Value | None:
-    """Two operands of the same rows, a number, or one opaque number per pair."""
-    left, right = lift.rows(node.args[0]), lift.rows(node.args[1])
+    """Two operands: rows, numbers, routing weights, vectors of the experts."""
     op = BINARY[operator_name(node)]
-    if (left is None and right is None) or argument(node, "alpha", 1) != 1 or argument(node, "rounding_mode"):
+    if argument(node, "alpha", 1) != 1 or argument(node, "rounding_mode"):
         return None
-    anchor = left or right
-    assert anchor is not None
-    operands = [_operand(lift, a, r, anchor) for a, r in ((node.args[0], left), (node.args[1], right))]
-    if any(o is None for o in operands):
+    return joined(lift, node, op, node.args[:2])
+
+
+def truth(lift: Lift, node: Node) -> Value | None:
+    """Of two truth values or one: both, either, not."""
+    operands = [a for a in node.args if is_tensor(a)]
+    if not all(isinstance(a, Node) and dtype(a) == torch.bool for a in operands):
         return None
-    a, b = (o for o in operands if o is not None)
-    domain = a.domain.meet(b.domain)
-    trail = _broadcast(a.trail, b.trail)
-    if domain is None or trail is None or a.lead != b.lead or not _survives(node, a, trail):
+    return joined(lift, node, TRUTH[operator_name(node)], node.args)
+
+
+def where(lift: Lift, node: Node) -> Value | None:
+    """where(truth of each number, rows, rows)."""
+    return joined(lift, node, "where", node.args) if len(node.args) == 3 else None
+
+
+def masked_fill(lift: Lift, node: Node) -> Value | None:
+    """A number where the truth holds, the rows elsewhere."""
+    rows, truth_of_each, number = node.args
+    if lift.rows(rows) is None or not isinstance(number, (int, float)):
         return None
-    return Rows(domain, lift.terms.number(op, (a.term, b.term)), a.lead, trail)
+    return joined(lift, node, "where", (truth_of_each, number, rows))
+
+
+def prelu(lift: Lift, node: Node) -> Value | None:
+    """x where it is positive, else x times a weight: one number, or one for each of the width."""
+    rows, weight = lift.rows(node.args[0]), node.args[1]
+    if rows is None or not isinstance(weight, Node) or not is_tensor(weight):
+        return None
+    if shape(weight) != (1,) and (rows.lead, shape(weight)) != (1, rows.trail):
+        return None
+    scaled = joined(lift, node, "mul", node.args)
+    if scaled is None:
+        return None
+    positive = lift.terms.number("gt", (rows.term, lift.terms.number("const", (), (0,))))
+    return scaled.like(lift.terms.number("where", (positive, rows.term, scaled.term)))
 
 
 def reversed_sub(lift: Lift, node: Node) -> Value | None:
@@ -131,54 +193,6 @@ def reversed_sub(lift: Lift, node: Node) -> Value | None:
         return None
     constant = lift.terms.number("const", (), (number,))
     return rows.like(lift.terms.number("sub", (constant, rows.term)))
-
-
-def _operand(lift: Lift, argument: object, rows: Rows | None, anchor: Rows) -> Rows | None:
-    if rows is not None:
-        return None if rows.is_matrix else rows
-    if isinstance(argument, (int, float)):
-        return anchor.like(lift.terms.number("const", (), (argument,)), tuple(1 for _ in anchor.trail))
-    if not is_tensor(argument) or not lift.opaque(argument):
-        return None
-    assert isinstance(argument, Node)
-    return _opaque_operand(lift, argument, anchor)
-
-
-def _opaque_operand(lift: Lift, node: Node, anchor: Rows) -> Rows | None:
-    """A routing weight beside rows: one opaque number per pair."""
-    trail = tuple(1 for _ in shape(node)[anchor.lead :])
-    if isinstance(anchor.domain, Pairs):
-        fits = anchor.domain.order is None and is_pair_shaped(node, anchor.domain)
-        fits = fits and all(same_size(s, 1) for s in shape(node)[anchor.lead :])
-        return (
-            anchor.like(lift.pair(PairSource(node)), trail)
-            if fits and len(shape(node)) >= anchor.lead
-            else None
-        )
-    return None
-
-
-def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
-    if len(a) != len(b) or any(x != y and 1 not in (x, y) for x, y in zip(a, b, strict=True)):
-        return None
-    trail = tuple(max(x, y) for x, y in zip(a, b, strict=True))
-    return trail if sum(s != 1 for s in trail) <= 1 else None
-
-
-def _survives(node: Node, rows: Rows, trail: tuple[int, ...]) -> bool:
-    """The result has every operand's own row dimensions, then the width: no row was broadcast.
-
-    Where how many rows there are was read from data, the rows' domain says that they are as many.
-    """
-    sizes = shape(node)
-    if len(sizes) != rows.lead + len(trail) or not all(map(same_size, sizes[rows.lead :], trail)):
-        return False
-    operands = [a for a in node.args[:2] if isinstance(a, Node)]
-    return all(
-        same_size(a, b) or depends_on_data(a) or depends_on_data(b)
-        for operand in operands
-        for a, b in zip(sizes[: rows.lead], shape(operand)[: rows.lead], strict=True)
-    )
 
 
 def take_slice(lift: Lift, node: Node) -> Value | None:
@@ -232,28 +246,21 @@ def split(lift: Lift, node: Node) -> Value | None:
 
 
 def concatenate(lift: Lift, node: Node) -> Value | None:
-    """cat of two rows along the width."""
-    rows = [lift.rows(a) for a in argument(node, "tensors")]
-    if len(rows) != 2 or rows[0] is None or rows[1] is None or rows[0].is_matrix or rows[1].is_matrix:
+    """cat of rows along the width, two at a time."""
+    parts = [lift.rows(a) for a in argument(node, "tensors")]
+    rows = [r for r in parts if r is not None and not r.is_matrix]
+    if not rows or len(rows) != len(parts):
         return None
-    a, b = rows[0], rows[1]
-    dim = argument(node, "dim") % len(shape(node))
-    domain = a.domain.meet(b.domain)
-    if domain is None or a.lead != b.lead or dim != a.lead + len(a.trail) - 1 or len(a.trail) != len(b.trail):
+    whole = rows[0]
+    if argument(node, "dim") % len(shape(node)) != whole.lead + len(whole.trail) - 1:
         return None
-    trail = (*a.trail[:-1], a.trail[-1] + b.trail[-1])
-    return Rows(domain, lift.terms.number("concat", (a.term, b.term)), a.lead, trail)
-
-
-def mean(lift: Lift, node: Node) -> Value | None:
-    """The mean over the width, kept as a column (the norms' building block)."""
-    rows = lift.rows(node.args[0])
-    if rows is None or rows.is_matrix or not argument(node, "keepdim") or argument(node, "dtype") is not None:
-        return None
-    dims = [d % (rows.lead + len(rows.trail)) for d in argument(node, "dim") or []]
-    if dims != [rows.lead + len(rows.trail) - 1] or rows.trail[-1] != rows.width:
-        return None
-    return rows.like(lift.terms.number("mean", (rows.term,)), (*rows.trail[:-1], 1))
+    for part in rows[1:]:
+        domain = whole.domain.meet(part.domain)
+        if domain is None or whole.lead != part.lead or whole.trail[:-1] != part.trail[:-1]:
+            return None
+        trail = (*whole.trail[:-1], whole.trail[-1] + part.trail[-1])
+        whole = Rows(domain, lift.terms.number("concat", (whole.term, part.term)), whole.lead, trail)
+    return whole if whole.trail[-1] == whole.width else None
 
 
 def copy(lift: Lift, node: Node) -> Value | None:
@@ -360,6 +367,10 @@ def _applied(lift: Lift, rows: Rows, op: str, attrs: tuple[Attr, ...] = ()) -> R
     return rows.like(lift.terms.number(op, (rows.term,), attrs))
 
 
+def _is_number(argument: object) -> bool:
+    return isinstance(argument, (int, float)) and not isinstance(argument, bool)
+
+
 def _product(sizes: tuple[Size, ...]) -> int:
     product = 1
     for size in sizes:
@@ -376,6 +387,13 @@ def _one_piece(sizes: tuple[Size, ...]) -> bool:
 RULES: dict[str, tuple[Rule, ...]] = {
     **{name: (unary,) for name in UNARY},
     **{name: (binary,) for name in BINARY},
+    **{name: (truth,) for name in TRUTH},
+    **{name: (with_numbers,) for name in WITH_NUMBERS},
+    "aten::where": (where,),
+    "aten::masked_fill": (masked_fill,),
+    "aten::prelu": (prelu,),
+    "aten::hardtanh": (hardtanh,),
+    "aten::relu6": (hardtanh,),
     "aten::rsub": (reversed_sub,),
     "aten::gelu": (gelu,),
     "aten::softplus": (softplus,),
@@ -392,7 +410,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::split": (split,),
     "aten::split_with_sizes": (split,),
     "aten::cat": (concatenate,),
-    "aten::mean": (mean,),
     "aten::clone": (copy,),
     "aten::detach": (copy,),
     "aten::contiguous": (copy,),

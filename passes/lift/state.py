@@ -90,7 +90,9 @@ class PairSource:
 class Lift:
     """One walk over one graph: meanings by node, terms, sources of weights, losses.
 
-    `own` holds the tensors of single experts, `packs` those that became one over all experts; `sizes` says of
+    `fixed` are the values computed from the model's own tensors alone, the same for every row; `own` holds
+    the tensors of single experts, `packs` those that became one over all experts, `shared` those that all
+    experts read; `sizes` says of
     a symbol that a count was read into which counts it sums, `counted` of which ids and how many experts;
     `written` are the tokens' rows that a loop wrote, each token having one id; `visited` the experts whose
     rows loops over some ids add; `kept` are ids of which pairs were dropped, `restricted` the same
@@ -104,7 +106,9 @@ class Lift:
     sources: dict[str, PairSource] = field(default_factory=dict)
     tokens: dict[str, Node] = field(default_factory=dict)
     params: dict[str, Node] = field(default_factory=dict)
+    fixed: set[Node] = field(default_factory=set)
     own: dict[str, Node] = field(default_factory=dict)
+    shared: dict[str, Node] = field(default_factory=dict)
     packs: dict[str, tuple[Node, ...]] = field(default_factory=dict)
     sizes: dict[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
     counted: dict[Node, int] = field(default_factory=dict)
@@ -124,6 +128,7 @@ class Lift:
         `finish` says what a sum over visited experts means where nothing more is added to it.
         """
         nodes = self.graph.nodes
+        self._find_fixed(nodes)
         self.overwritten = {alias_root(m) for n in nodes if (m := mutated_argument(n)) is not None}
         for node in nodes:
             if node.op == "call_function" and (found := self._interpret(node)) is not None:
@@ -145,6 +150,13 @@ class Lift:
             if isinstance(found, Combined):
                 combined.append((node, found))
         return combined
+
+    def _find_fixed(self, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            inputs = node.all_input_nodes
+            computed = node.op == "call_function" and inputs and all(i in self.fixed for i in inputs)
+            if computed or self.graph.parameter(node) is not None:
+                self.fixed.add(node)
 
     def _whole_rows(self) -> set[Node]:
         """Where each token has one id and a loop wrote all rows: the last values that are still rows."""
@@ -247,7 +259,10 @@ class Lift:
 
         Raises Unproven where it is overwritten: the fused op would read it later than the model does.
         """
-        if not isinstance(node, Node) or not is_tensor(node) or self.expert_parameter(node) is not None:
+        if not isinstance(node, Node) or not is_tensor(node):
+            return False
+        stacked = self.expert_parameter(node)
+        if stacked is not None and self.graph.parameter(stacked[0]) is not None:
             return False
         if not isinstance(self.of(node), _LEAVES):
             return False
@@ -278,22 +293,33 @@ class Lift:
         self.params[parameter.name] = parameter
         return self.terms.number("expert", (), (parameter.name,))
 
-    def expert_parameter(self, node: object) -> tuple[Node, bool] | None:
-        """(parameter, whether its last two dimensions are swapped) under transposes and copies."""
+    def expert_parameter(self, node: object, rank: int = 2) -> tuple[Node, bool] | None:
+        """(parameter, whether its last two dimensions are swapped) under transposes and copies.
+
+        What the model computes from its own tensors alone (a view of a flat one, a part of a chunk, a cast)
+        is as good as a parameter.
+        """
         flipped = False
         while isinstance(node, Node) and node.op == "call_function":
             if not node.args or not is_tensor(node.args[0]):
-                return None
+                break
             if node.target in COPIES:
                 pass
             elif _swaps_last_two(node):
                 flipped = not flipped
             else:
-                return None
+                break
             node = node.args[0]
-        if isinstance(node, Node) and self.graph.parameter(node) is not None and is_tensor(node):
-            return (node, flipped) if len(shape(node)) >= 2 else None
-        return None
+        if not isinstance(node, Node) or not is_tensor(node) or len(shape(node)) < rank:
+            return None
+        computed = node in self.fixed and value(node).is_floating_point()
+        return (node, flipped) if computed or self.graph.parameter(node) is not None else None
+
+    def share(self, node: Node) -> int:
+        """The leaf S, a value of the model's own tensors alone that all experts read."""
+        self.require_unwritten(node)
+        self.shared[node.name] = node
+        return self.terms.number("shared", (), (node.name,))
 
     def pack(self, parts: tuple[Node, ...]) -> int:
         """The leaf P[expert], P being the experts' own tensors, one after the other."""
@@ -303,7 +329,7 @@ class Lift:
 
     def own_parameter(self, node: object, expert: int) -> tuple[int, tuple[int, ...], bool] | None:
         """(leaf, shape, whether its two dimensions are swapped) of one expert's tensor: a parameter of its
-        own, or its entry of a stacked one. None where it is neither.
+        own, what is computed from such alone, or its entry of a stacked one. None where it is neither.
 
         Raises Unproven where it is the entry of another expert.
         """
@@ -320,25 +346,35 @@ class Lift:
         if not isinstance(node, Node) or not is_tensor(node) or not value(node).is_floating_point():
             return None
         sizes = shape(node)
-        if not 1 <= len(sizes) <= 2 or not all(isinstance(s, int) for s in sizes):
+        if len(sizes) > 2 or not all(isinstance(s, int) for s in sizes):
             return None
         static = tuple(int(s) for s in sizes)
-        if self.graph.parameter(node) is not None:
-            self.require_unwritten(node)
-            self.own[node.name] = node
-            return self.terms.number("own", (), (node.name,)), static, flipped
-        return self._entry(node, expert, static, flipped)
+        if (entry := self._entry(node, expert, static, flipped)) is not None:
+            return entry
+        if node not in self.fixed:
+            return None
+        self.require_unwritten(node)
+        self.own[node.name] = node
+        return self.terms.number("own", (), (node.name,)), static, flipped
 
     def _entry(
         self, node: Node, expert: int, sizes: tuple[int, ...], flipped: bool
     ) -> tuple[int, tuple[int, ...], bool] | None:
-        if operator_name(node) != "aten::select" or argument(node, "dim") != 0:
+        """The leaf of P[e], by select or as a part of what unbind gives."""
+        picked, index = node, None
+        if operator_name(node) == "getitem":
+            picked, index = node.all_input_nodes[0], node.args[1]
+        name = operator_name(picked)
+        if name != ("aten::select" if index is None else "aten::unbind") or argument(picked, "dim") != 0:
             return None
-        stacked = self.expert_parameter(node.args[0])
+        stacked = self.expert_parameter(picked.args[0], rank=1)
         if stacked is None:
             return None
         parameter, swapped = stacked
-        chosen = argument(node, "index") % int(shape(parameter)[0])
+        chosen = argument(picked, "index") if index is None else index
+        if not isinstance(chosen, int):
+            return None
+        chosen %= int(shape(parameter)[0])
         if chosen != expert:
             raise Unproven("R302", f"the rows of expert {expert} meet the weights of expert {chosen}")
         return self.expert(parameter), sizes, flipped != (swapped and len(sizes) == 2)
