@@ -43,7 +43,7 @@ def parameters() -> dict[str, Tensor]:
 
 def shared() -> nn.ParameterDict:
     """What all experts read."""
-    sizes = {"before": (D,), "hidden": (HIDDEN,), "out": (D,), "slope": (1,), "scalar": ()}
+    sizes = {"before": (D,), "hidden": (HIDDEN,), "out": (D,), "slope": (1,), "scalar": (), "places": (64,)}
     made = {name: torch.rand(size) + 0.5 for name, size in sizes.items()}
     made |= {"project": torch.randn(HIDDEN, HIDDEN) * 0.3, "turned": torch.randn(HIDDEN, HIDDEN) * 0.3}
     return nn.ParameterDict({name: nn.Parameter(t) for name, t in made.items()})
@@ -197,6 +197,59 @@ BODIES: tuple[BodyFunction, ...] = (
     three_products,
 )
 ACTIVATED = tuple(_between(act, name) for name, act in ACTIVATIONS.items())
+
+
+# -- what is no body ---------------------------------------------------------------------------------
+
+
+def over_the_rows(x: Tensor, p: Given) -> Tensor:
+    """Centred over the rows, not along each."""
+    h = p.gemm("first", x)
+    return p.gemm("down", h - h.mean(0, keepdim=True))
+
+
+def softmax_over_the_rows(x: Tensor, p: Given) -> Tensor:
+    return p.gemm("down", torch.softmax(p.gemm("first", x), dim=0))
+
+
+def softmax_over_the_row_before_the_last(x: Tensor, p: Given) -> Tensor:
+    return p.gemm("down", torch.softmax(p.gemm("first", x), dim=-2))
+
+
+def scaled_by_all_rows(x: Tensor, p: Given) -> Tensor:
+    h = p.gemm("first", x)
+    return p.gemm("down", h * x.mean())
+
+
+def scaled_by_place(x: Tensor, p: Given) -> Tensor:
+    """A learned number for each place in the batch, as many as the rows happen to be."""
+    return p.gemm("down", p.gemm("first", x)) * p.shared["places"][: x.shape[-2]].unsqueeze(-1)
+
+
+def norm_of_all(x: Tensor, p: Given) -> Tensor:
+    h = p.gemm("first", x)
+    return p.gemm("down", h / (h.norm() + 1))
+
+
+def less_all_rows(x: Tensor, p: Given) -> Tensor:
+    h = p.gemm("first", x)
+    return p.gemm("down", h - h.sum(-2, keepdim=True))
+
+
+def cumulated(x: Tensor, p: Given) -> Tensor:
+    return p.gemm("down", p.gemm("first", x).cumsum(-2))
+
+
+NO_BODIES: tuple[BodyFunction, ...] = (
+    over_the_rows,
+    softmax_over_the_rows,
+    softmax_over_the_row_before_the_last,
+    scaled_by_all_rows,
+    scaled_by_place,
+    norm_of_all,
+    less_all_rows,
+    cumulated,
+)
 
 
 # -- ways to run them ------------------------------------------------------------------------------
