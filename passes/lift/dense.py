@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import Size, aten, dtype, is_tensor, same_size, shape, value
@@ -22,6 +23,8 @@ from dsmoe_compiler.passes.lift.discover import require_distinct
 from dsmoe_compiler.passes.lift.masks import hot, plain
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, argument, operator_name
 from dsmoe_compiler.passes.lift.values import Everywhere, Filled, MultiHot, OneHot, Rows, Value
+
+_COUNTS = (torch.int32, torch.int64)
 
 
 def scatter(lift: Lift, node: Node) -> Value | None:
@@ -48,6 +51,18 @@ def scatter(lift: Lift, node: Node) -> Value | None:
         return None
     require_distinct(ids)
     return Rows(Everywhere(experts, rank - 1), lift.pair(source), rank, ())
+
+
+def mask_as_integers(lift: Lift, node: Node) -> Value | None:
+    """zeros.scatter(1, ids, 1.0) as integers, of which experts' pairs are counted."""
+    rows = lift.rows(node.args[0])
+    if rows is None or not isinstance(rows.domain, Everywhere) or value(node).dtype not in _COUNTS:
+        return None
+    leaf = lift.terms.steps[rows.term]
+    source = lift.sources[str(leaf.attrs[0])] if leaf.op == "pair" else None
+    if source is None or not source.mask or source.ids is None or rows.domain.axis != len(shape(node)) - 1:
+        return None
+    return MultiHot(source.ids, rows.domain.experts)
 
 
 def one_hot(lift: Lift, node: Node) -> Value | None:
@@ -182,6 +197,7 @@ def _same(a: Sequence[Size], b: Sequence[Size]) -> bool:
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::scatter": (scatter,),
     "aten::one_hot": (one_hot,),
+    "aten::to": (mask_as_integers,),
     "aten::mul": (weigh_one_hot, choose, scale_matrix),
     "aten::div": (scale_matrix,),
     "aten::sum": (sum_one_hot,),

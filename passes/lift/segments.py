@@ -18,6 +18,7 @@ import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import shape, value
+from dsmoe_compiler.passes.lift.discover import require_distinct
 from dsmoe_compiler.passes.lift.ranges import handed_in, never_negative
 from dsmoe_compiler.passes.lift.state import Lift, Rule, Unproven, argument, count_of, operator_name
 from dsmoe_compiler.passes.lift.values import (
@@ -130,6 +131,7 @@ def count_hot(lift: Lift, node: Node) -> Value | None:
     found = lift.of(node.args[0])
     dims, keep = argument(node, "dim"), argument(node, "keepdim")
     if isinstance(found, MultiHot):
+        require_distinct(found.ids)
         rank = len(shape(node)) + len(dims or [])
         counted = sorted(d % rank for d in dims or []) == list(range(rank - 1))
     elif isinstance(found, OneHot) and found.weight is None and not value(node).is_floating_point():
