@@ -34,7 +34,10 @@ CODES: dict[str, str] = {
 }
 
 # What to write instead, by code.
-_A_DEFECT = "nothing: the layer runs as written, and the rewrite is a defect of this compiler worth a report"
+_A_DEFECT = (
+    "nothing here: the layer runs as written; a rewrite that changes the answer is a defect of this "
+    "compiler, worth a report"
+)
 REMEDIES: dict[str, str] = {
     "R201": "the experts are fused all the same; to fuse the router too, score by softmax or sigmoid, "
     "select by one top-k over all experts, and weigh by the selected scores",

@@ -23,7 +23,7 @@ from dsmoe_compiler.ir.graph import (
 from dsmoe_compiler.ir.source_lines import last_calls, own_line
 from dsmoe_compiler.passes.lift.describe import describe, of_weights_alone
 from dsmoe_compiler.passes.lift.discover import Selection, selectors_of
-from dsmoe_compiler.passes.lift.known_spellings import nearest
+from dsmoe_compiler.passes.lift.known_spellings import SEGMENTS, SORTED, nearest
 from dsmoe_compiler.passes.lift.losses import Lost, ids_in
 from dsmoe_compiler.passes.lift.remedies import remedy_of
 from dsmoe_compiler.passes.lift.state import Lift, operator_name
@@ -80,7 +80,8 @@ class Explainer:
         end += self._named(lost)
         end.append(Moment("lost", operator_name(lost.node), lost.node.name, "", last_calls(lost.node)))
         starts = lost.node.all_input_nodes if lost.last is None else [lost.last[0]]
-        known = () if lost.last is None else nearest(lost.last[1])
+        sorts = (SORTED, SEGMENTS) if code == "R401" else ()  # the sort itself was recognised, and no more
+        known = sorts if lost.last is None else nearest(lost.last[1])
         return Explanation(self._moments(selector, starts, end), known, remedy_of(self.lift, lost, code))
 
     def _named(self, lost: Lost) -> list[Moment]:
@@ -139,11 +140,17 @@ class Explainer:
         before = ancestors([selection.first_use, *(x.node for x in told)])
         told += [x for x in losses if not x.silent and x.ids is None and self._leads(x, before, selection)]
         if told:
-            return min(told, key=lambda x: self._place(x.node))
+            return self._before(min(told, key=lambda x: self._place(x.node)), own)
         to_uses = ancestors(selection.uses)
         silent = [x for x in own if x.node in to_uses]
         silent += [x for x in losses if x.silent and x.ids is None and self._leads(x, to_uses, selection)]
         return min(silent or own, key=lambda x: self._place(x.node), default=None)
+
+    def _before(self, lost: Lost, own: list[Lost]) -> Lost:
+        """Where rows met a value without meaning, the loss that took it away, if one did."""
+        behind = ancestors(self._beside(lost))
+        earlier = [x for x in own if x.silent and x.node in behind]
+        return min(earlier, key=lambda x: self._place(x.node), default=lost)
 
     def _first_reader(self, selection: Selection) -> Node:
         """Of the operators through which ids come to their uses, the first that does more than move them."""

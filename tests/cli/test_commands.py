@@ -129,7 +129,7 @@ def test_a_demo_with_wrong_answers_does_not_end_well(quick_demo: FakeApi, worth:
     assert "the compiled program is off by" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["inspect", "compile", "opt", "models", "demo"])
+@pytest.mark.parametrize("command", ["inspect", "explain", "compile", "opt", "models", "demo"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     text = run(command, "--help").stdout
     assert "Example" in text
@@ -140,7 +140,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 def test_no_command_is_a_question() -> None:
     result = run()
     assert result.exit_code == 0
-    assert all(command in result.stdout for command in ("inspect", "compile", "opt", "models", "demo"))
+    assert all(command in result.stdout for command in ("inspect", "explain", "compile", "opt", "models", "demo"))
 
 
 def test_version() -> None:

@@ -1,13 +1,17 @@
 """Every obligation that fails refuses its layer, with a code of its own; the layer runs as it was written."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmoe_compiler.ir.errors import CODES
-from tests.passes import lookalikes, spellings
+from dsmoe_compiler.ir.errors import CODES, REMEDIES
+from tests.passes import lookalikes, refusals_page, spellings
 from tests.passes.checks import assert_same, compiled, only_layer, refusal, some_inputs
+from tests.passes.refusals import PROVOKED, Provoked, made, program_of
+from tests.passes.refusals_page import refusal_of
 from tests.passes.spellings import Experts, Spec, Spelled, grouped, layer
 
 
@@ -231,10 +235,18 @@ def test_ids_and_sums_with_a_batch_and_a_length() -> None:
     assert_same(program, made, some_inputs(16))
 
 
-# Codes whose place is elsewhere: wrong rewrites (test_wrong_rewrites.py) and whole programs.
-ELSEWHERE = {"R203", "R304", "R306", "R501"}
+@pytest.mark.parametrize("provoked", PROVOKED, ids=str)
+def test_a_layer_for_each_code(provoked: Provoked) -> None:
+    assert refusal_of(provoked).code == provoked.code
+    if provoked.code != "R305":
+        layer = made(provoked)
+        assert_same(program_of(provoked), layer, some_inputs(16, shapes=[(2, 5), (3, 4)]))
 
 
-def test_every_code_has_a_test_here_or_there() -> None:
-    here = {code for code, _, _ in REFUSED} | {"R201", "R202", "R305"}
-    assert here | ELSEWHERE == set(CODES)
+def test_every_code_has_a_meaning_a_layer_and_a_remedy() -> None:
+    assert sorted(provoked.code for provoked in PROVOKED) == sorted(CODES) == sorted(REMEDIES)
+
+
+def test_the_page_shows_what_is_refused() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "refusals.md").read_text(encoding="utf-8")
+    assert page == refusals_page.text(), "python -m tests.passes.refusals_page > docs/refusals.md"

@@ -1,16 +1,14 @@
 """A rewrite that changes the answer is caught: its layer refused, the pass named, the program still right."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from dsmoe_compiler.ir import ops
 from dsmoe_compiler.ir.body import parse_body
-from dsmoe_compiler.ir.graph import ProgramGraph
-from dsmoe_compiler.ir.passes import Pass, PassLog
+from dsmoe_compiler.ir.passes import Pass
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, RouterSpec, parse, to_text
 from dsmoe_compiler.passes.fuse_router import FuseRouter
 from dsmoe_compiler.passes.fuse_shared_experts import FuseSharedExperts
@@ -19,26 +17,9 @@ from dsmoe_compiler.passes.normalize import Normalize
 from tests.passes import loops
 from tests.passes.checks import assert_same, compiled, only_layer, some_inputs
 from tests.passes.loop_lookalikes import last_left_out
+from tests.passes.sabotage import Sabotaged
 from tests.passes.spellings import Spec, layer
 from tests.passes.test_refusals import Stacked
-
-
-@dataclass(frozen=True)
-class Sabotaged:
-    """Another pass, whose fused ops are then given another spec or other arguments."""
-
-    honest: Pass
-    change: Callable[[list[Any]], list[Any]]
-    name: ClassVar[str] = "sabotaged"
-
-    def run(self, graph: ProgramGraph, log: PassLog) -> bool:
-        """What the honest pass does, and one thing wrong."""
-        changed = self.honest.run(graph, log)
-        made = {f.op for f in log.layers.values()}
-        for node in graph.nodes:
-            if node.name in made and node.target in (ops.EXPERTS, ops.MOE):
-                node.args = tuple(self.change(list(node.args)))
-        return changed
 
 
 def _experts(change: Callable[[ExpertsSpec], ExpertsSpec]) -> Callable[[list[Any]], list[Any]]:
