@@ -196,7 +196,7 @@ def _number(size: int | torch.SymInt, sizes: Sizes) -> int:
 
 def _routings(change: Replacement, sizes: Sizes, generator: torch.Generator) -> Iterator[dict[Node, Tensor]]:
     """Inputs under several routings; where the ids are computed from x, x itself is what varies."""
-    experts, alone = _experts(change.new), _one_id(change.new)
+    experts, tokens = _experts(change.new), _tokens(change.new, sizes)
     for kind in ("random", "skewed", "half empty"):
         inputs: dict[Node, Tensor] = {}
         for node in change.inputs:
@@ -209,14 +209,16 @@ def _routings(change: Replacement, sizes: Sizes, generator: torch.Generator) -> 
                 if node in change.nonnegative:
                     made = made.abs()
             else:
-                made = _ids(kind, [*dims, 1] if alone else dims, experts, generator).reshape(dims)
+                made = _ids(kind, dims, tokens, experts, generator)
             inputs[node] = made.to(example.dtype).to(example.device)
         yield inputs
 
 
-def _ids(kind: str, dims: list[int], experts: int, generator: torch.Generator) -> Tensor:
-    """(…, K) ids, distinct within a token; a vector holds one a token."""
-    tokens, slots = (math.prod(dims[:-1]), dims[-1]) if len(dims) > 1 else (dims[0], 1)
+def _ids(kind: str, dims: list[int], tokens: int, experts: int, generator: torch.Generator) -> Tensor:
+    """Ids, distinct within a token: one a token where there are as many, else (…, K)."""
+    if math.prod(dims) != tokens:
+        tokens = math.prod(dims[:-1])
+    slots = math.prod(dims) // tokens
     available = experts if kind == "random" else max(slots, 1 if kind == "skewed" else experts // 2)
     ranks = torch.rand(tokens, min(available, experts), generator=generator).argsort(-1)
     return ranks[:, :slots].reshape(dims).contiguous()
@@ -231,10 +233,10 @@ def _op(new: Node) -> Node:
     return node
 
 
-def _one_id(new: Node) -> bool:
-    """Whether the op reads one id a token, so that the ids' own dimensions are all of tokens."""
-    ids = _op(new).args[1]
-    return _op(new).target is ops.EXPERTS and isinstance(ids, Node) and shape(ids)[1] == 1
+def _tokens(new: Node, sizes: Sizes) -> int:
+    x = _op(new).args[0]
+    assert isinstance(x, Node)
+    return _number(shape(x)[0], sizes)
 
 
 def _experts(new: Node) -> int:

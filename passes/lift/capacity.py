@@ -18,7 +18,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import aten, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import VIEWS, aten, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.passes.lift.axes import pair_axes, token_axes
 from dsmoe_compiler.passes.lift.kept import (
     chain,
     deeper,
@@ -66,8 +67,12 @@ def einsum(lift: Lift, node: Node) -> Value | None:
 
 def multiply(lift: Lift, node: Node) -> Value | None:
     """hot (T, K, E, 1) * place hot (T, K, 1, C), and the like, with or without the pairs' weights."""
-    letters = [_letters_of(lift, a, broadcasts=True) for a in node.args[:2]]
-    if None in letters or not any(isinstance(lift.of(a), (OneHot, PlaceHot)) for a in node.args[:2]):
+    hot = next((f for a in node.args[:2] if isinstance(f := lift.of(a), (OneHot, PlaceHot))), None)
+    if hot is None:
+        return None
+    ids = hot.ids if isinstance(hot, OneHot) else hot.place.of
+    letters = [_letters_of(lift, a, ids, broadcasts=True) for a in node.args[:2]]
+    if None in letters:
         return None
     rank = len(shape(node))
     padded = [str(axes).rjust(rank, "1") for axes in letters]
@@ -81,7 +86,7 @@ def multiply(lift: Lift, node: Node) -> Value | None:
 
 def contract(lift: Lift, node: Node) -> Value | None:
     """hot (T, E, K) @ place hot (T, K, C)."""
-    left, right = (_letters_of(lift, a) for a in node.args[:2])
+    left, right = (getattr(lift.of(a), "axes", None) for a in node.args[:2])
     if left is None or right is None or len(left) != 3 or left[0] != right[0] or left[2] != right[1]:
         return None
     return _of_factors(lift, node, list(node.args[:2]), left[:2] + right[2]) if left[2] == "K" else None
@@ -91,9 +96,12 @@ def _product(
     lift: Lift, node: Node, operands: Sequence[Node], names: Sequence[str], out: str
 ) -> Value | None:
     """One-hots and weights multiplied, summed over the slots perhaps."""
+    hot = next((f for o in operands if isinstance(f := lift.of(o), OneHot)), None)
+    if hot is None:
+        return None
     known: dict[str, str] = {}
     for operand, name in zip(operands, names, strict=True):
-        axes = _letters_of(lift, operand)
+        axes = _letters_of(lift, operand, hot.ids)
         if axes is None or len(axes) != len(name):
             return None
         for letter, axis in zip(name, axes, strict=True):
@@ -106,8 +114,8 @@ def _product(
     return _of_factors(lift, node, operands, "".join(known[a] for a in out))
 
 
-def _letters_of(lift: Lift, node: object, broadcasts: bool = False) -> str | None:
-    """The names of a factor's dimensions; where it broadcasts, those of size 1 have no other."""
+def _letters_of(lift: Lift, node: object, ids: Node, broadcasts: bool = False) -> str | None:
+    """The names of a factor's dimensions, which are those of `ids` where nothing else is known of it."""
     found = lift.of(node)
     if isinstance(found, (OneHot, PlaceHot, Flags, Within, KeptWeights)):
         return found.axes
@@ -118,9 +126,10 @@ def _letters_of(lift: Lift, node: object, broadcasts: bool = False) -> str | Non
         below = node.args[0]
         assert isinstance(below, Node)
         node, added = below, added + 1
-    rank = len(shape(node))
-    names = "T1" if broadcasts and rank == 2 and same_size(shape(node)[1], 1) else "TK"[:rank]
-    return names + "1" * added if rank in (1, 2) and lift.opaque(node) else None
+    rank, names = len(shape(node)), pair_axes(ids)
+    if rank == len(names) + 1 and same_size(shape(node)[-1], 1) and broadcasts:
+        names += "1"
+    return names + "1" * added if rank == len(names) and lift.opaque(node) else None
 
 
 def weigh_by_scores(lift: Lift, node: Node) -> Value | None:
@@ -132,15 +141,33 @@ def weigh_by_scores(lift: Lift, node: Node) -> Value | None:
             continue
         if not isinstance(scores, Node) or not isinstance(source, Node) or not _same(node, source):
             continue
-        if hot.axes == "TKE" and operator_name(scores) == "aten::unsqueeze" and argument(scores, "dim") == 1:
-            scores = scores.args[0]
-        fits = is_tensor(scores) and len(shape(scores)) == 2 and hot.axes in ("TE", "TKE")  # type: ignore[arg-type]
-        if not fits or not lift.opaque(scores) or not same_size(shape(scores)[1], hot.experts):  # type: ignore[arg-type]
-            continue
-        assert isinstance(scores, Node)
-        if value(scores).is_floating_point() and dtype(scores) == dtype(node):
-            return replace(hot, weight=_at_ids(lift, scores, hot.ids))
+        matrix = _scores(lift, scores, hot)
+        if matrix is not None and dtype(matrix) == dtype(node):
+            return replace(hot, weight=_at_ids(lift, matrix, hot.ids))
     return None
+
+
+def _scores(lift: Lift, node: Node, hot: OneHot) -> Node | None:
+    """The (T, E) scores under dimensions of size 1 that put them beside a one-hot of (T, K) or (T,) ids."""
+    if not is_tensor(node) or not value(node).is_floating_point() or lift.expert_parameter(node) is not None:
+        return None
+    sizes = shape(node)
+    beside = dict(zip(hot.axes, sizes, strict=True)) if len(sizes) == len(hot.axes) else {}
+    if hot.axes not in ("TE", "TKE", "KTE") or ("K" in beside and not same_size(beside["K"], 1)):
+        return None
+    below, matrix = node, (shape(hot.ids)[0], hot.experts)
+    while len(shape(below)) == 3:
+        under = below.args[0] if below.op == "call_function" else None
+        views = below.target in VIEWS or operator_name(below) == "aten::unsqueeze"
+        if not views or not isinstance(under, Node) or not is_tensor(under):
+            return None
+        below = under
+    if len(shape(below)) != 2 or not all(map(same_size, shape(below), matrix)):
+        return None
+    lift.require_unwritten(below)
+    return (
+        below if beside and same_size(beside["T"], matrix[0]) and same_size(beside["E"], matrix[1]) else None
+    )
 
 
 def _at_ids(lift: Lift, scores: Node, ids: Node) -> Node:
@@ -317,8 +344,13 @@ def _seats(lift: Lift, node: object, axes: str = "") -> tuple[OneHot, ...]:
     """The one-hots of a (T, E, C) value, in the order of `axes` or in any; () if it is none."""
     found = lift.of(node)
     parts = found.parts if isinstance(found, Dispatch) else (found,) if isinstance(found, OneHot) else ()
-    fits = all(p.axes == axes if axes else sorted(p.axes) == ["C", "E", "T"] for p in parts)
+    fits = all(p.axes == axes if axes else sorted(p.axes) == sorted(_tokens(p) + "CE") for p in parts)
     return parts if fits and all(p.place is not None for p in parts) else ()
+
+
+def _tokens(hot: OneHot) -> str:
+    """The names of the one-hot's token dimensions."""
+    return "T" if "T" in hot.axes else token_axes(hot.ids)
 
 
 def flatten(lift: Lift, node: Node) -> Value | None:
@@ -335,9 +367,10 @@ def flatten(lift: Lift, node: Node) -> Value | None:
 def apply_flat(lift: Lift, node: Node) -> Value | None:
     """dispatch (E·C, T) @ x, combine (T, E·C) @ rows."""
     left, right = node.args[:2]
-    if (parts := _seats(lift, left, "XT")) and isinstance(right, Node):
-        found = _dispatched(lift, node, parts, right, 0)
-        return replace(found, lead=1) if isinstance(found, Rows) else None
+    flat = _seats(lift, left, "XT")
+    if (parts := flat or _seats(lift, left, "ECT")) and isinstance(right, Node) and len(shape(right)) == 2:
+        found = _dispatched(lift, node, parts, right, (0, ""))
+        return replace(found, lead=1) if flat and isinstance(found, Rows) else found
     rows = lift.rows(right)
     if rows is None or not isinstance(rows.domain, Capacity) or (rows.lead, rows.domain.axis) != (1, 0):
         return None
@@ -354,29 +387,47 @@ def _applied(
         if not parts:
             continue
         letters = dict(zip(parts[0].axes, names[at], strict=True))
-        t, e, c, rest = letters["T"], letters["E"], letters["C"], names[other]
-        if len(rest) == 2 and rest[0] == t and sorted(out) == sorted(e + c + rest[1]) and out[2] == rest[1]:
-            return _dispatched(lift, node, parts, operands[other], out.index(e))
-        rows = lift.rows(operands[other])
-        if rows is not None and isinstance(rows.domain, Capacity) and len(rest) == 3 and rows.lead == 2:
-            own = (rest[rows.domain.axis], rest[1 - rows.domain.axis]) == (e, c)
-            return _combined(lift, node, parts, rows) if own and out == t + rest[2] else None
+        tokens, rest = "".join(letters[t] for t in _tokens(parts[0])), names[other]
+        e, c, rows = letters["E"], letters["C"], lift.rows(operands[other])
+        if rows is None and rest[:-1] == tokens and out[-1] == rest[-1]:
+            return _dispatched(lift, node, parts, operands[other], _slot_axes(out[:-1], e, c, tokens))
+        if rows is not None and isinstance(rows.domain, Capacity) and out == tokens + rest[-1]:
+            own = _slot_axes(rest[:-1], e, c, tokens)
+            grouped = rows.lead == 3
+            fits = own is not None and own == (rows.domain.axis, tokens[:-1] if grouped else "")
+            return _combined(lift, node, parts, rows) if fits and rows.lead == len(rest) - 1 else None
     return None
 
 
-def _dispatched(lift: Lift, node: Node, parts: tuple[OneHot, ...], x: Node, axis: int) -> Value | None:
-    if any(p.weight is not None for p in parts) or not lift.opaque(x) or len(shape(x)) != 2:
+def _slot_axes(names: str, e: str, c: str, tokens: str) -> tuple[int, str] | None:
+    """(the experts' place among the dimensions of slots, the tokens' dimensions that are among them), for
+    (E, C), (C, E), (E, groups, C) or (groups, E, C); None for anything else.
+    """
+    if sorted(names) == sorted(e + c):
+        return names.index(e), ""
+    group = tokens[:-1]
+    known = {e + group + c: 0, group + e + c: 1} if len(group) == 1 else {}
+    return (known[names], group) if names in known else None
+
+
+def _dispatched(
+    lift: Lift, node: Node, parts: tuple[OneHot, ...], x: Node, slots: tuple[int, str] | None
+) -> Value | None:
+    if any(p.weight is not None for p in parts) or not lift.opaque(x) or slots is None:
         return None
-    width = shape(x)[1]
+    width, (axis, group) = shape(x)[-1], slots
     if not isinstance(width, int) or not value(x).is_floating_point():
         return None
+    if any(p.place is None or bool(p.place.queue.groups) != bool(group) for p in parts):
+        raise Unproven("R409", "places are counted in other groups of tokens than slots are kept for")
     _require_apart(lift, parts)
     ids = _joint(lift, node, [p.ids for p in parts])
     root = None if ids is None else lift.ids_root(ids)
     if ids is None or root is None:
         return None
-    domain = Capacity(parts[0].experts, axis, ids, root[1], parts)
-    return Rows(domain, lift.token(x), 2, (width,))
+    groups = shape(x)[0] if group else None
+    domain = Capacity(parts[0].experts, axis, ids, root[1], parts, groups)
+    return Rows(domain, lift.token(x), 3 if group else 2, (width,))
 
 
 def _require_apart(lift: Lift, parts: tuple[OneHot, ...]) -> None:
@@ -406,6 +457,8 @@ def _after(lift: Lift, first: OneHot, second: OneHot) -> bool:
         if ids not in before:
             return False
         before.remove(ids)
+    if a.groups != b.groups:
+        return False
     counted = [c for c in before if descends(lift, first.ids, c) and _front_of(lift, c, a)]
     return a.start == b.start and bool(counted)
 
@@ -423,9 +476,9 @@ def _joint(lift: Lift, near: Node, parts: Sequence[Node]) -> Node | None:
     """Values of one slot each as one of all slots."""
     if len(parts) == 1:
         return parts[0]
-    if any(len(shape(p)) != 1 or dtype(p) != dtype(parts[0]) for p in parts):
+    if any(not _same(p, parts[0]) or dtype(p) != dtype(parts[0]) for p in parts):
         return None
-    like = value(parts[0]).new_empty((shape(parts[0])[0], len(parts)))
+    like = value(parts[0]).new_empty((*shape(parts[0]), len(parts)))
     return lift.make(aten.stack.default, (list(parts), -1), like, tuple(parts))
 
 
@@ -460,19 +513,20 @@ def _combined(lift: Lift, node: Node, parts: tuple[OneHot, ...], rows: Rows) -> 
 def of_expert(lift: Lift, node: Node) -> Value | None:
     """rows[e], and all of them by unbind, chunk or split: the slots of one expert."""
     rows = lift.rows(node.args[0])
-    if rows is None or not isinstance(rows.domain, Capacity) or rows.lead != 2:
+    if rows is None or not isinstance(rows.domain, Capacity) or rows.lead < 2:
         return None
-    if argument(node, "dim") % (2 + len(rows.trail)) != rows.domain.axis:
+    if argument(node, "dim") % (rows.lead + len(rows.trail)) != rows.domain.axis:
         return None
     experts = rows.domain.experts
-    own = [_slots_of(rows, e, 1) for e in range(experts)]
+    own = [_slots_of(rows, e, rows.lead - 1) for e in range(experts)]
     if operator_name(node) == "aten::select":
         index: int = argument(node, "index")
         return own[index]
     if operator_name(node) == "aten::unbind":
         return Parts(tuple(own))
     ones = [same_size(part.shape[rows.domain.axis], 1) for part in value(node)]
-    if rows.domain.axis != 0 or len(ones) != experts or not all(ones):
+    grouped = rows.domain.groups is not None
+    if (rows.lead, rows.domain.axis) != (2, 0) or grouped or len(ones) != experts or not all(ones):
         return None
     return Parts(tuple(_slots_of(rows, e, 2) for e in range(experts)))
 
@@ -492,8 +546,10 @@ def together(lift: Lift, node: Node) -> Value | None:
     capacity = first.domain.order
     if not isinstance(capacity, Capacity) or len(parts) != capacity.experts:
         return None
-    stacks = operator_name(node) == "aten::stack"
-    if dim not in ((0, 1) if stacks else (0,)) or first.lead != (1 if stacks else 2):
+    stacks, grouped = operator_name(node) == "aten::stack", capacity.groups is not None
+    if dim not in ((0, 1) if stacks else (0,)) or (first.lead == 2 and stacks != grouped):
+        return None
+    if not stacks and first.lead == 1:
         return None
     visits = list[Visit]()
     for e, part in enumerate(parts):
@@ -503,7 +559,7 @@ def together(lift: Lift, node: Node) -> Value | None:
             return None
         visits.append(Visit(e, part.term))
     term = reroll(lift, 1, visits)
-    return Rows(replace(capacity, axis=dim), term, 2, first.trail)
+    return Rows(replace(capacity, axis=dim), term, first.lead + stacks, first.trail)
 
 
 def _same(a: Node, b: Node) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import CASTS, COPIES, VIEWS, Size, dtype, is_tensor, same_size, shape, value
-from dsmoe_compiler.passes.lift.axes import pair_axes
+from dsmoe_compiler.passes.lift.axes import pair_axes, token_axes
 from dsmoe_compiler.passes.lift.kept import descends, dropped, keeps
 from dsmoe_compiler.passes.lift.state import Lift, Rule, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
@@ -48,8 +48,9 @@ def count_up(lift: Lift, node: Node) -> Value | None:
     if not _is_plain(hot) or dtype(node) not in _EXACT:
         return None
     assert isinstance(hot, OneHot)
-    dim, pairs = argument(node, "dim") % len(hot.axes), _pair_letters(hot)
-    return Queue(hot.ids, node, hot.experts, hot.axes, 1) if pairs and pairs == hot.axes[dim] else None
+    along = hot.axes[argument(node, "dim") % len(hot.axes)]
+    groups = _groups(hot, along)
+    return None if groups is None else Queue(hot.ids, node, hot.experts, hot.axes, 1, groups=groups)
 
 
 def _is_plain(found: Value | None) -> bool:
@@ -57,13 +58,14 @@ def _is_plain(found: Value | None) -> bool:
     return isinstance(found, OneHot) and found.weight is None and found.place is None and "E" in found.axes
 
 
-def _pair_letters(hot: OneHot) -> str:
-    """The one dimension along which all pairs lie, "" where there are several or they are not all."""
+def _groups(hot: OneHot, along: str) -> str | None:
+    """The dimensions of groups of tokens, "" for one, if a group's pairs all lie along `along`; else None."""
     left = hot.axes.replace("E", "").replace("1", "")
-    if same_size(shape(hot.ids)[-1], 1) and pair_axes(hot.ids).endswith("K"):
-        left = left.replace("K", "")
     single = "K" not in pair_axes(hot.ids) or same_size(shape(hot.ids)[-1], 1)
-    return left if left in ("P", "Q") or (left == "T" and single) else ""
+    left = left.replace("K", "") if single else left
+    if left in ("P", "Q") or (single and left in ("T", token_axes(hot.ids))):
+        return left[:-1] if left[-1] == along else None
+    return None
 
 
 def totals(lift: Lift, node: Node) -> Value | None:
@@ -72,9 +74,9 @@ def totals(lift: Lift, node: Node) -> Value | None:
     if not _is_plain(hot) or dtype(node) not in _EXACT or not argument(node, "keepdim"):
         return None
     assert isinstance(hot, OneHot)
-    dims, pairs = argument(node, "dim"), _pair_letters(hot)
-    counted = [hot.axes[d % len(hot.axes)] for d in dims or []]
-    return Totals(hot.ids) if counted == [pairs] and hot.axes == pairs + "E" else None
+    counted = "".join(hot.axes[d % len(hot.axes)] for d in argument(node, "dim") or [])
+    groups = _groups(hot, counted)
+    return None if groups is None or hot.axes != groups + counted + "E" else Totals(hot.ids, groups)
 
 
 def shift(lift: Lift, node: Node) -> Value | None:
@@ -93,7 +95,9 @@ def shift(lift: Lift, node: Node) -> Value | None:
         return None
     if isinstance(other, OneHot) and _is_plain(other) and (other.ids, other.axes) == (found.ids, found.axes):
         return _moved(found, sign)
-    if isinstance(other, Totals) and sign == 1 and found.axes.endswith("E"):
+    if not isinstance(other, Totals) or sign != 1 or not found.axes.endswith("E"):
+        return None
+    if other.groups == found.groups and len(found.axes) == len(other.groups) + 2:
         return replace(found, before=(*found.before, other.ids))
     return None
 

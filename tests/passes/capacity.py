@@ -32,6 +32,8 @@ class Layer(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.spelling in GROUPED:
+            return self.spelling(self, x)
         return self.spelling(self, x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -197,6 +199,46 @@ def second_if_worth_it(layer: Layer, x: Tensor) -> Tensor:
     return torch.einsum("tec,ecd->td", combine, layer.stacked(torch.einsum("tec,td->ecd", dispatch, x)))
 
 
+def masked_scores(layer: Layer, x: Tensor) -> Tensor:
+    """Scores of the chosen alone, at one-hots slot by slot; slots before tokens in a matrix product."""
+    logits = layer.gate(x)
+    top, ids = logits.topk(2, dim=-1)
+    scores = torch.full_like(logits, float("-inf")).scatter(-1, ids, top).softmax(-1)
+    mask = F.one_hot(ids, EXPERTS).permute(1, 0, 2)
+    places = (mask.reshape(-1, EXPERTS).cumsum(0) - 1).reshape(2, -1, EXPERTS)
+    mask = mask * torch.lt(places, CAPACITY)
+    own = F.one_hot((mask * places).sum(-1), CAPACITY)
+    combine = ((mask * scores.view(1, -1, EXPERTS)).unsqueeze(3) * own.unsqueeze(2)).sum(0)
+    rows = layer.stacked(combine.bool().permute(1, 2, 0).type_as(x) @ x)
+    return combine.view(x.shape[0], -1) @ rows.view(-1, WIDTH)
+
+
+def _of_sequences(layer: Layer, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor:
+    """(B, S, D): two choices of which each sequence has slots of its own, (B, S, E, C)."""
+    gates1, ids1 = layer.scores(x).max(-1)
+    first = F.one_hot(ids1, EXPERTS).float()
+    gates2, ids2 = (layer.scores(x) * (1 - first)).max(-1)
+    second = F.one_hot(ids2, EXPERTS).float()
+    own1 = (first.cumsum(-2) - first) * first
+    first = first * (own1 < CAPACITY).float()
+    own2 = (second.cumsum(-2) - second + before(first)) * second
+    second = second * (own2 < CAPACITY).float()
+    combine = torch.zeros(())
+    for gates, mask, ids, own in ((gates1, first, ids1, own1), (gates2, second, ids2, own2)):
+        number, place = (gates * mask.sum(-1))[..., None, None], _hot(own.sum(-1).long())
+        kept = mask.sum(-1)[..., None, None]
+        combine = combine + number * kept * F.one_hot(ids, EXPERTS)[..., None] * place[..., None, :]
+    return combine
+
+
+def groups_of_tokens(layer: Layer, x: Tensor) -> Tensor:
+    """GShard's groups: every sequence has slots of its own with every expert."""
+    combine = _of_sequences(layer, x, lambda first: first.sum(-2, keepdim=True))
+    rows = torch.einsum("bsd,bsec->ebcd", x, combine.bool().to(combine))
+    out = layer.stacked(rows.reshape(EXPERTS, -1, WIDTH)).reshape(rows.shape)
+    return torch.einsum("ebcd,bsec->bsd", out, combine)
+
+
 SPELLINGS: list[Dispatched] = [
     choices_first,
     tokens_first,
@@ -207,6 +249,8 @@ SPELLINGS: list[Dispatched] = [
     flattened,
     places_gathered,
     second_if_worth_it,
+    masked_scores,
+    groups_of_tokens,
 ]
 
 
@@ -375,6 +419,31 @@ def slots_mixed(layer: Layer, x: Tensor) -> Tensor:
     return torch.einsum("tec,ecd->td", torch.einsum("tk,tke,tkc->tec", weights, keep, slot), rows)
 
 
+def groups_share_slots(layer: Layer, x: Tensor) -> Tensor:
+    """Places are counted in every sequence for itself, and there are no slots for each."""
+    combine = _of_sequences(layer, x, lambda first: first.sum(-2, keepdim=True))
+    rows = layer.stacked(torch.einsum("bsd,bsec->ecd", x, combine.bool().to(combine)))
+    return torch.einsum("ecd,bsec->bsd", rows, combine)
+
+
+def groups_counted_together(layer: Layer, x: Tensor) -> Tensor:
+    """Second choices stand after the first choices of another sequence."""
+    combine = _of_sequences(layer, x, lambda first: first.sum(-2, keepdim=True).flip(0))
+    rows = torch.einsum("bsd,bsec->ebcd", x, combine.bool().to(combine))
+    out = layer.stacked(rows.reshape(EXPERTS, -1, WIDTH)).reshape(rows.shape)
+    return torch.einsum("ebcd,bsec->bsd", out, combine)
+
+
+def groups_swapped(layer: Layer, x: Tensor) -> Tensor:
+    """A sequence's slots are read as the next one's."""
+    combine = _of_sequences(layer, x, lambda first: first.sum(-2, keepdim=True))
+    rows = torch.einsum("bsd,bsec->becd", x, combine.bool().to(combine))
+    rows = rows.reshape(EXPERTS, -1, CAPACITY, WIDTH)
+    out = layer.stacked(rows.reshape(EXPERTS, -1, WIDTH)).reshape(rows.shape)
+    return torch.einsum("ebcd,bsec->bsd", out, combine)
+
+
+GROUPED = (groups_of_tokens, groups_share_slots, groups_counted_together, groups_swapped)
 LOOKALIKES: list[Dispatched] = [
     late_pairs_share_the_last,
     combined_where_not_dispatched,
@@ -391,4 +460,7 @@ LOOKALIKES: list[Dispatched] = [
     pairs_counted_twice,
     another_experts_rows,
     slots_mixed,
+    groups_share_slots,
+    groups_counted_together,
+    groups_swapped,
 ]
