@@ -298,8 +298,11 @@ def _leads(rows: Rows, old: tuple[Size, ...], new: tuple[Size, ...]) -> list[int
     if isinstance(rows.domain, GRIDS):
         if rows.lead == 1 and len(new) > 1 and same_size(new[0], rows.domain.experts):
             found.append(2)
-        if rows.lead == 2 and rows.domain.axis == 0:
-            found.append(1)
+        if rows.lead >= 2 and rows.domain.axis == 0:
+            found += [1, 2] if rows.lead == 3 and same_size(new[0], rows.domain.experts) else [1]
+        groups = getattr(rows.domain, "groups", None)
+        if rows.lead == 2 and groups is not None and len(new) > 3 and rows.domain.axis == 0:
+            found += [3] if same_size(new[0], rows.domain.experts) and same_size(new[1], groups) else []
     elif isinstance(rows.domain, OneExpert):
         found += [1] if rows.lead > 1 else []
     elif rows.domain.order is None:
@@ -349,7 +352,8 @@ def transpose(lift: Lift, node: Node) -> Value | None:
         order[i], order[j] = j, i
     else:
         order[-2:] = order[:-3:-1]
-    if order[: rows.lead] == [1, 0] and isinstance(rows.domain, GRIDS) and order[2:] == list(range(2, rank)):
+    swaps = rows.lead >= 2 and order == [1, 0, *range(2, rank)]
+    if swaps and isinstance(rows.domain, GRIDS):
         return rows.like(rows.term, domain=replace(rows.domain, axis=1 - rows.domain.axis))
     if order[: rows.lead] != list(range(rows.lead)):
         return None

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import sympy
+import torch
 from torch.fx import Node
 
 
@@ -65,7 +66,8 @@ class Capacity:
     """The capacity slots of each of `experts` experts; `axis` is the experts' dimension, of two.
 
     `parts` say which pair sits in which slot, each of them of other pairs; a slot nobody sits in holds no
-    pair's row.
+    pair's row. Where every of `groups` groups of tokens has slots of its own, rows may have three dimensions:
+    experts and groups, in the order that `axis` says, and slots.
     """
 
     experts: int
@@ -73,6 +75,7 @@ class Capacity:
     ids: Node
     slots: int
     parts: tuple[OneHot, ...]
+    groups: int | torch.SymInt | None = None
 
     @property
     def words(self) -> str:
@@ -141,6 +144,13 @@ class Rows:
         return replace(
             self, term=term, trail=self.trail if trail is None else trail, domain=domain or self.domain
         )
+
+
+@dataclass(frozen=True)
+class ExpertsLast:
+    """Rows of every token for every expert, their experts' dimension moved behind the width: (T, D, E)."""
+
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -232,7 +242,8 @@ class Queue:
 
     The first place is `start`; pairs of the ids in `before` stand in each queue before those of `ids`. `axes`
     are a one-hot's, the other experts' numbers being of no use. `counted` is where they were counted: the
-    same ids counted in another order are another queue.
+    same ids counted in another order are another queue. Along the dimensions in `groups`, each group of
+    tokens has queues of its own.
     """
 
     ids: Node
@@ -241,6 +252,7 @@ class Queue:
     axes: str
     start: int
     before: tuple[Node, ...] = ()
+    groups: str = ""
 
 
 @dataclass(frozen=True)
@@ -319,9 +331,10 @@ class KeptWeights:
 
 @dataclass(frozen=True)
 class Totals:
-    """(1, E): how many pairs of `ids` chose each expert."""
+    """(1, E): how many pairs of `ids` chose each expert, in each of `groups`."""
 
     ids: Node
+    groups: str = ""
 
 
 @dataclass(frozen=True)
@@ -494,6 +507,7 @@ class Combined:
 
 Value: TypeAlias = (
     Rows
+    | ExpertsLast
     | Parts
     | SortedIds
     | Permutation
