@@ -107,6 +107,13 @@ def test_a_saved_program(here: Path) -> None:
     assert run("explain", "m.pt2").stdout == explain().stdout
 
 
+def test_the_readme_shows_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    printed = run("explain", "examples.refused_layer:build").stdout
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"$ dsmoe explain examples.refused_layer:build\n{printed}```" in readme
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_on_a_terminal_it_is_coloured_and_keeps_to_its_width(width: int) -> None:
     """Lines of code are whole; no other line is wider than the terminal, or than is good to read."""
