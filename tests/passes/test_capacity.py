@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.passes.capacity import EXPERTS, LOOKALIKES, SPELLINGS, WIDTH, Dispatched, Layer
+from tests.passes.capacity import CAPACITY, EXPERTS, LOOKALIKES, SPELLINGS, WIDTH, Dispatched, Layer
 from tests.passes.checks import assert_same, compiled, only_layer
 
 # From a token alone to many more than there are slots for.
@@ -43,6 +43,15 @@ def test_a_lookalike_runs_as_eager(lookalike: Dispatched) -> None:
     layer = Layer(lookalike)
     program = compiled(layer, verify="off")
     assert_same(program, layer, _inputs())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, CAPACITY, EXPERTS, 8], ids=["1", "K", "C", "E", "K x E"])
+@pytest.mark.parametrize("dispatched", [*SPELLINGS, *LOOKALIKES], ids=lambda f: f.__name__)
+def test_sizes_that_coincide(dispatched: Dispatched, tokens: int) -> None:
+    """Static sizes, so that no shape can tell two dimensions apart."""
+    layer = Layer(dispatched)
+    program = compiled(layer, (1, tokens), verify="off", dynamic_shapes=None)
+    assert_same(program, layer, [torch.randn(1, tokens, WIDTH) for _ in range(3)])
 
 
 @pytest.mark.parametrize("lookalike", LOOKALIKES, ids=lambda f: f.__name__)
