@@ -170,7 +170,8 @@ def _gathered(node: Node, sizes: Sizes) -> int:
         slots = shape(node.args[1])[1]
     else:
         slots = parse(text, MoESpec).top_k
-    widest = max(math.prod(_number(s, sizes) for s in shape(p)[1:]) for p in _experts_tensors(node))
+    numbers = (math.prod(_number(s, sizes) for s in shape(p)[1:]) for p in _experts_tensors(node))
+    widest = max(numbers, default=0)
     return _number(shape(x)[0], sizes) * _number(slots, sizes) * widest
 
 
@@ -196,7 +197,7 @@ def _number(size: int | torch.SymInt, sizes: Sizes) -> int:
 
 def _routings(change: Replacement, sizes: Sizes, generator: torch.Generator) -> Iterator[dict[Node, Tensor]]:
     """Inputs under several routings; where the ids are computed from x, x itself is what varies."""
-    experts, tokens = _experts(change.new), _tokens(change.new, sizes)
+    experts, tokens = change.choices or _experts(change.new), _tokens(change.new, sizes)
     for kind in ("random", "skewed", "half empty"):
         inputs: dict[Node, Tensor] = {}
         for node in change.inputs:

@@ -58,7 +58,8 @@ class FuseRouter:
     def run(self, graph: ProgramGraph, log: PassLog) -> bool:
         """Returns whether any router was fused; a remark says why each other one was not."""
         changed = False
-        for node in [n for n in graph.nodes if n.target is ops.EXPERTS]:
+        # What experts without tensors add, beside those with some, has no router to itself.
+        for node in [n for n in graph.nodes if n.target is ops.EXPERTS and n.args[3]]:
             facts = next((f for f in log.layers.values() if f.op == node.name), None)
             try:
                 new, spec, inputs = _fused(graph, node)

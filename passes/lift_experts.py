@@ -60,6 +60,7 @@ from dsmoe_compiler.passes.lift.values import (
     Combined,
     DenseSum,
     Everywhere,
+    Group,
     Offsets,
     OneExpert,
     Pairs,
@@ -135,7 +136,15 @@ class LiftExperts:
                 log.layer(replace(facts, refusal=refusal, explanation=understood))
                 continue
             log.replace(
-                Replacement(facts.name, experts.old, experts.new, experts.inputs, "R304", experts.nonnegative)
+                Replacement(
+                    facts.name,
+                    experts.old,
+                    experts.new,
+                    experts.inputs,
+                    "R304",
+                    experts.nonnegative,
+                    experts.choices,
+                )
             )
             standing[experts.old] = experts.new
             spec = MoESpec(experts.slots, experts.spec)
@@ -232,6 +241,7 @@ class _Inserted:
     spec: ExpertsSpec
     slots: int
     nonnegative: tuple[Node, ...]
+    choices: int
 
 
 def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[Node, Node]) -> _Inserted:
@@ -242,11 +252,15 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
     terms, term = lift.terms, found.rows.term
     tokens, pairs = terms.leaves(term, "token"), _sources(lift, found)
     params = experts_tensors(lift, term)
-    counts = {p.count for p in params.values()} - {None}
+    counts = {found.visited} if found.beside else {p.count for p in params.values()} - {None}
     if len(tokens) != 1:
         raise Unproven("R303", f"the experts read {len(tokens)} different inputs")
     if len(pairs) > 1:
         raise Unproven("R309", f"{len(pairs)} different routing weights meet in one layer")
+    for group in found.beside:
+        read = terms.leaves(group.term, "token"), terms.leaves(group.term, "pair")
+        if read[0] != tokens or read[1] not in ([], terms.leaves(term, "pair")):
+            raise Unproven("R308", f"expert {group.first} reads something else than expert 0")
     if isinstance(found.rows.domain, Everywhere):
         combine.require_sparse(lift, term)
     if len(counts) != 1:
@@ -295,24 +309,45 @@ def _emit(
         experts = ids_TK
         if (counted := _counted(lift, node, found)) is not None:
             if not inside(lift.graph, ids, counted):
-                experts = _dropped_outside(lift, ids_TK, counted)
+                experts = _dropped_outside(lift, ids_TK, 0, counted)
         elif not never_negative(lift.graph, ids):
             experts = _wrapped(lift, ids_TK, spec.count)
         weights, weighed = _weights(lift, pairs, ids, ids_TK, tokens, slots, x_TD)
         tensors = [emit(lift, p, spec.count, node) for p in params]
         new = graph.call_function(ops.EXPERTS, (x_TD, experts, weights, tensors, to_text(spec)))
         new.meta = {k: v for k, v in old.meta.items() if k != "tensor_meta"}
-        out = new
         if len(sizes) != 2:
             new.meta["val"] = value(old).reshape(tokens, shape(node)[-1])
-            out = graph.call_function(aten.reshape.default, (new, sizes))
+        out = new
+        for group in found.beside:
+            out = _with_group(lift, out, group, x_TD, ids_TK, weights, spec)
+        if len(sizes) != 2:
+            out = graph.call_function(aten.reshape.default, (out, sizes))
             out.meta = dict(old.meta)
         if found.base is not None:
             out = graph.call_function(aten.add.Tensor, (out, found.base))
             out.meta = dict(old.meta)
     inputs = tuple(r for n in (read, chosen, weighed, found.base) if n is not None for r in _roots(lift, n))
     signs = tuple(r for n in found.nonnegative for r in _roots(lift, n))
-    return _Inserted(old, out, new, inputs, spec, slots, signs)
+    choices = max([spec.count, *(group.stop for group in found.beside)])
+    return _Inserted(old, out, new, inputs, spec, slots, signs, choices)
+
+
+def _with_group(
+    lift: Lift, so_far: Node, group: Group, x_TD: Node, ids_TK: Node, weights: Node, routed: ExpertsSpec
+) -> Node:
+    """A sum with what experts without tensors add: they are all one, that all of their ids choose."""
+    graph, terms = lift.graph.graph, lift.terms
+    leaves = {leaf: Step("x") for leaf in terms.leaves(group.term, "token")}
+    leaves |= {leaf: Step("w") for leaf in terms.leaves(group.term, "pair")}
+    spec = ExpertsSpec(1, routed.hidden, terms.body(group.term, leaves), routed.out_dtype)
+    dropped = _dropped_outside(lift, ids_TK, group.first, group.stop)
+    chosen = graph.call_function(aten.clamp_max.default, (dropped, 0))
+    chosen.meta = dict(dropped.meta)
+    added = graph.call_function(ops.EXPERTS, (x_TD, chosen, weights, [], to_text(spec)))
+    out = graph.call_function(aten.add.Tensor, (so_far, added))
+    added.meta, out.meta = dict(so_far.meta), dict(so_far.meta)
+    return out
 
 
 def _roots(lift: Lift, node: Node) -> list[Node]:
@@ -353,8 +388,8 @@ def _as_rows(lift: Lift, x: Node) -> Node:
     return made
 
 
-def _dropped_outside(lift: Lift, ids_TK: Node, experts: int) -> Node:
-    """Ids that no expert of a loop answers to, as the op's −1."""
+def _dropped_outside(lift: Lift, ids_TK: Node, first: int, stop: int) -> Node:
+    """Ids that none of these experts answers to as the op's −1; the others as they are."""
     graph = lift.graph.graph
 
     def call(op: torch._ops.OpOverload, *args: Argument, like: torch.dtype) -> Node:
@@ -362,8 +397,8 @@ def _dropped_outside(lift: Lift, ids_TK: Node, experts: int) -> Node:
         made.meta = {**ids_TK.meta, "val": value(ids_TK).to(like)}
         return made
 
-    low = call(aten.ge.Scalar, ids_TK, 0, like=torch.bool)
-    high = call(aten.lt.Scalar, ids_TK, experts, like=torch.bool)
+    low = call(aten.ge.Scalar, ids_TK, first, like=torch.bool)
+    high = call(aten.lt.Scalar, ids_TK, stop, like=torch.bool)
     inside = call(aten.logical_and.default, low, high, like=torch.bool)
     return call(aten.where.ScalarOther, inside, ids_TK, -1, like=dtype(ids_TK))
 

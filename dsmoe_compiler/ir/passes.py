@@ -24,8 +24,9 @@ class Replacement:
     """`new` stands where `old` stood in `layer`; both compute from `inputs`, the values their checking starts
     at.
 
-    `refused` is the code the layer's refusal carries when the two turn out to differ; they are equal where the
-    inputs that are in `nonnegative` hold no number below 0.
+    `refused` is the code the layer's refusal carries when the two turn out to differ; they are equal where
+    the inputs in `nonnegative` hold no number below 0. Ids among the inputs are below `choices`; 0: as many
+    as the fused op has experts.
     """
 
     layer: str
@@ -34,6 +35,7 @@ class Replacement:
     inputs: tuple[Node, ...]
     refused: str
     nonnegative: tuple[Node, ...] = ()
+    choices: int = 0
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class ExpertsSpec:
     def __post_init__(self) -> None:
         _positive(self, "count", "hidden")
         _dtype(self, "out_dtype")
-        if not self.body.param_count:
-            raise ValueError("an experts' body reads at least one parameter")
+        if not self.body.param_count and self.count > 1:
+            raise ValueError("experts whose body reads no parameter are one and the same")
 
     @cached_property
     def weighting(self) -> Literal["output", "inside", "none"]:

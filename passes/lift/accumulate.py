@@ -16,7 +16,7 @@ from dsmoe_compiler.ir.graph import Size, dtype, is_tensor, same_size, shape, va
 from dsmoe_compiler.passes.lift import every_expert
 from dsmoe_compiler.passes.lift.coordinates import Located, located
 from dsmoe_compiler.passes.lift.discover import require_distinct, selected_from
-from dsmoe_compiler.passes.lift.reroll import reroll
+from dsmoe_compiler.passes.lift.reroll import reroll, reroll_apart
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Combined,
@@ -262,10 +262,11 @@ def finished(lift: Lift, node: Node, found: PartialSum | DenseSum) -> Combined:
         raise Unproven("R307", f"the rows of expert {min(apart)} are not in the sum that the others' are in")
     if isinstance(found, DenseSum):
         return every_expert.finished(lift, found)
-    rows = Rows(Pairs(found.ids, found.slots), reroll(lift, found.slots, found.visits), 1, (found.width,))
+    experts, term, beside = reroll_apart(lift, found.slots, found.visits)
+    rows = Rows(Pairs(found.ids, found.slots), term, 1, (found.width,))
     assert value(node).is_floating_point()
-    experts = len({v.expert for v in found.visits})
-    return Combined(rows, found.base, None if selected_from(found.ids) == experts else experts)
+    every = not beside and selected_from(found.ids) == experts
+    return Combined(rows, found.base, None if every else experts, beside=beside)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

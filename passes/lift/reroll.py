@@ -14,7 +14,7 @@ from torch.fx import Node
 from dsmoe_compiler.ir.body import Step
 from dsmoe_compiler.ir.graph import dtype, shape
 from dsmoe_compiler.passes.lift.state import Lift, Unproven
-from dsmoe_compiler.passes.lift.values import Visit
+from dsmoe_compiler.passes.lift.values import Group, Visit
 
 
 def reroll(lift: Lift, slots: int, visits: Sequence[Visit]) -> int:
@@ -22,13 +22,37 @@ def reroll(lift: Lift, slots: int, visits: Sequence[Visit]) -> int:
 
     Raises Unproven where the experts are not 0, 1, 2, … each once, or do not compute the same.
     """
+    return _Walk(lift).same(tuple(_of_expert(e, slots, visits) for e in _numbered(visits)))
+
+
+def reroll_apart(lift: Lift, slots: int, visits: Sequence[Visit]) -> tuple[int, int, tuple[Group, ...]]:
+    """(how many experts there are with tensors, their term, those without), the first being those with.
+
+    Experts without tensors hand their token back, say, times its weight. Raises Unproven as `reroll` does.
+    """
+    experts = _numbered(visits)
+    terms = [_of_expert(e, slots, visits) for e in experts]
+    bare = [not any(lift.terms.leaves(t, leaf) for leaf in ("own", "expert", "shared")) for t in terms]
+    count = bare.index(True) if True in bare else len(terms)
+    if count == 0 or not all(bare[count:]):
+        return len(terms), _Walk(lift).same(tuple(terms)), ()
+    beside = list[Group]()
+    for e, term in enumerate(terms[count:], count):
+        if beside and beside[-1].term == term:
+            beside[-1] = Group(beside[-1].first, e + 1, term)
+        else:
+            beside.append(Group(e, e + 1, term))
+    return count, _Walk(lift).same(tuple(terms[:count])), tuple(beside)
+
+
+def _numbered(visits: Sequence[Visit]) -> list[int]:
     experts = sorted({v.expert for v in visits})
     if experts[0] < 0:
         raise Unproven("R307", f"a loop visits expert {experts[0]}, experts are numbered from 0")
     if experts != list(range(len(experts))):
         missing = next(e for e in range(experts[-1] + 1) if e not in experts)
         raise Unproven("R307", f"expert {missing} is left out of a loop that visits expert {experts[-1]}")
-    return _Walk(lift).same(tuple(_of_expert(e, slots, visits) for e in experts))
+    return experts
 
 
 def _of_expert(expert: int, slots: int, visits: Sequence[Visit]) -> int:

@@ -70,6 +70,9 @@ def _matrices(lift: Lift, term: int) -> set[int]:
 def emit(lift: Lift, tensor: ExpertsTensor, count: int, near: Node) -> Node:
     """The tensor as one value of the graph, of `count` experts."""
     part = tensor.parts[0]
+    if tensor.kind == "stacked" and shape(part)[0] != count:
+        # Experts with tensors come first; a tensor may have entries for those without, which nothing reads.
+        part = _call(lift, aten.slice.Tensor, (part, 0, 0, count), value(part)[:count], near)
     if tensor.kind == "packed":
         packed = all(lift.graph.parameter(p) is not None for p in tensor.parts)
         # Computed parts are no one's to move: they are copied, at each call, as they are computed.

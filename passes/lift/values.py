@@ -492,17 +492,28 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Group:
+    """The experts from `first` on, before `stop`, which all compute `term`."""
+
+    first: int
+    stop: int
+    term: int
+
+
+@dataclass(frozen=True)
 class Combined:
     """Rows have become tokens: out[t] = base[t] + Σ over the token's rows of `term`.
 
     Only ids from 0 on and before `visited` contribute, where it is known; else all, as an index takes them.
-    It holds where none of the values in `nonnegative` has a number below 0.
+    It holds where none of the values in `nonnegative` has a number below 0. Pairs of the experts `beside`,
+    which have no tensors of their own, add what these compute.
     """
 
     rows: Rows
     base: Node | None = None
     visited: int | None = None
     nonnegative: tuple[Node, ...] = ()
+    beside: tuple[Group, ...] = ()
 
 
 Value: TypeAlias = (

@@ -223,7 +223,8 @@ def scaled_by_all_rows(x: Tensor, p: Given) -> Tensor:
 
 def scaled_by_place(x: Tensor, p: Given) -> Tensor:
     """A learned number for each place in the batch, as many as the rows happen to be."""
-    return p.gemm("down", p.gemm("first", x)) * p.shared["places"][: x.shape[-2]].unsqueeze(-1)
+    places: Tensor = p.shared["places"][: x.shape[-2]].unsqueeze(-1)
+    return p.gemm("down", p.gemm("first", x)) * places
 
 
 def norm_of_all(x: Tensor, p: Given) -> Tensor:

@@ -32,7 +32,7 @@ class Split(nn.Module):
         tokens = order // 2
         if self.repeats:  # twice the rows that the mask counts
             counts = counts * 2
-        rows = x[tokens].split(counts.tolist())
+        rows = torch.split(x[tokens], counts.tolist())
         y = torch.cat([(rows[e] @ self.up[e].t()).relu() @ self.down[e].t() for e in range(EXPERTS)])
         y = y * logits.softmax(-1).reshape(-1)[order].unsqueeze(-1)
         return torch.zeros_like(x).index_add(0, tokens, y).view_as(hidden)
