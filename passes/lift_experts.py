@@ -38,7 +38,9 @@ from dsmoe_compiler.passes.lift import (
     coordinates,
     dense,
     every_expert,
+    experts_last,
     gather,
+    gathered,
     kept,
     masks,
     one_expert,
@@ -82,8 +84,10 @@ _FAMILIES = (
     segments.RULES,
     accumulate.RULES,
     every_expert.RULES,
+    experts_last.RULES,
     gather.RULES,
     product.RULES,
+    gathered.RULES,
     combine.RULES,
     along_width.RULES,
     rowwise.RULES,
@@ -286,8 +290,11 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
 
 
 def _rows(node: Node) -> Size:
-    """How many rows a value has: the product of its sizes without the last."""
-    return math.prod(shape(node)[:-1])
+    """How many rows a value has: the product of its sizes without the width, the last that is not 1."""
+    sizes = list(shape(node))
+    while len(sizes) > 2 and same_size(sizes[-1], 1):
+        sizes.pop()
+    return math.prod(sizes[:-1])
 
 
 def _emit(
@@ -317,7 +324,7 @@ def _emit(
         new = graph.call_function(ops.EXPERTS, (x_TD, experts, weights, tensors, to_text(spec)))
         new.meta = {k: v for k, v in old.meta.items() if k != "tensor_meta"}
         if len(sizes) != 2:
-            new.meta["val"] = value(old).reshape(tokens, shape(node)[-1])
+            new.meta["val"] = value(old).reshape(tokens, found.rows.width)
         out = new
         for group in found.beside:
             out = _with_group(lift, out, group, x_TD, ids_TK, weights, spec)
@@ -364,13 +371,12 @@ def _sizes_like(lift: Lift, node: Node, x: Node) -> tuple[Sequence[int | Node], 
     """
     if (known := size_arguments(lift.graph, node)) is not None:
         return known, x
-    lead, like = shape(node)[:-1], row_base(x)
-    if len(lead) != len(shape(like)) - 1 or not all(map(same_size, lead, shape(like))):
+    like = row_base(x)
+    held = {str(size): i for i, size in enumerate(shape(like)) if not isinstance(size, int)}
+    sizes = shape(node)
+    if any(not isinstance(size, int) and str(size) not in held for size in sizes):
         raise Unproven("R407", f"more than one size of %{node.name} is held by no value of the graph")
-    width = shape(node)[-1]
-    assert isinstance(width, int)
-    sizes = [size if isinstance(size, int) else _size(lift, like, i) for i, size in enumerate(lead)]
-    return [*sizes, width], like
+    return [size if isinstance(size, int) else _size(lift, like, held[str(size)]) for size in sizes], like
 
 
 def _size(lift: Lift, x: Node, dim: int) -> Node:
@@ -431,7 +437,7 @@ def _weights(
         at.meta = dict(ids_TK.meta)
     gathered = graph.call_function(aten.gather.default, (matrix, 1, at))
     gathered.meta = {**pair.node.meta, "val": value(ids_TK).to(dtype(pair.node))}
-    return gathered, pair.node
+    return gathered, None if pair.mask else pair.made_of or pair.node
 
 
 def _as_pairs(lift: Lift, node: Node, tokens: Size, slots: int) -> tuple[Node, Node]:

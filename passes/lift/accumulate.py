@@ -90,9 +90,16 @@ def index_put(lift: Lift, node: Node) -> Value | None:
     so_far = lift.of(node.args[0])
     if rows.domain.slots == 1:
         return _written(lift, node, rows, at)
-    if isinstance(so_far, Filled) and so_far.number == 0:
+    if _holds_zeros(so_far, rows.domain):
         return _added(lift, node, rows.domain, rows, written)
     raise Unproven("R407", f"{rows.domain.words} replace what their tokens held, instead of adding to it")
+
+
+def _holds_zeros(so_far: Value | None, domain: OneExpert) -> bool:
+    """Whether the tokens of some rows hold 0 so far: zeros, or rows of other experts in the same slot."""
+    if isinstance(so_far, PartialSum) and so_far.ids is domain.ids and so_far.base is None:
+        return domain.slot is not None and all(v.slot == domain.slot for v in so_far.visits)
+    return isinstance(so_far, Filled) and so_far.number == 0
 
 
 def _require_own(lift: Lift, indices: list[Node], domain: OneExpert) -> None:
@@ -101,6 +108,42 @@ def _require_own(lift: Lift, indices: list[Node], domain: OneExpert) -> None:
         at = getattr(found, "domain", found)
         if isinstance(at, (OneExpert, Mask)) and (at.ids, at.expert) != (domain.ids, domain.expert):
             raise Unproven("R402", f"{domain.words} are put where those of expert {at.expert} belong")
+
+
+def index_copy(lift: Lift, node: Node) -> Value | None:
+    """out.index_copy(0, tokens, rows)."""
+    tokens, target = argument(node, "index"), node.args[0]
+    assert isinstance(target, Node)
+    at = located(lift, [tokens], target) if argument(node, "dim") == 0 else None
+    return _replaced(lift, node, at, argument(node, "source"))
+
+
+def masked_scatter(lift: Lift, node: Node) -> Value | None:
+    """out.masked_scatter(mask (T, 1), rows): the rows in the order of the mask's tokens."""
+    mask = argument(node, "mask")
+    if not isinstance(lift.of(mask), Mask) or not same_size(shape(mask)[-1], 1):
+        return None
+    if not _same(shape(mask)[:-1], shape(node)[:-1]):
+        return None
+    at = located(lift, [mask], mask)
+    at = at and replace(at, sizes=at.sizes[:-1])
+    return _replaced(lift, node, at, argument(node, "source"))
+
+
+def _replaced(lift: Lift, node: Node, at: Located | None, written: Node) -> Value | None:
+    """An expert's rows put over zeros, at their tokens."""
+    rows, target = lift.rows(written), node.args[0]
+    if rows is None or not isinstance(rows.domain, OneExpert) or rows.trail != shape(node)[-1:]:
+        return None
+    if at is None or at.pairs or at.domain != rows.domain or len(shape(node)) != at.rank + 1:
+        return None
+    if rows.domain.slot is None:
+        require_distinct(rows.domain.ids)
+    if rows.domain.slots == 1:
+        return _written(lift, node, rows, at)
+    return (
+        _added(lift, node, rows.domain, rows, written) if _holds_zeros(lift.of(target), rows.domain) else None
+    )
 
 
 def add(lift: Lift, node: Node) -> Value | None:
@@ -182,8 +225,7 @@ def _written(lift: Lift, node: Node, rows: Rows, at: Located) -> Value | None:
     Where a token has one id, its row is its pair: written over zeros, rows are as good as added.
     """
     domain, start = at.domain, lift.of(node.args[0])
-    source = node.args[2]
-    assert isinstance(source, Node)
+    source = _source(node)
     if rows.lead != 1 or len(shape(node)) != at.rank + len(rows.trail) or dtype(source) != dtype(node):
         return None
     if domain.slot is not None:
@@ -206,6 +248,13 @@ def _written(lift: Lift, node: Node, rows: Rows, at: Located) -> Value | None:
     if domain.slots == 1 and at.rank == 1:
         lift.written.append(node)
     return Rows(Pairs(domain.ids, domain.slots), reroll(lift, domain.slots, visits), at.rank, rows.trail)
+
+
+def _source(node: Node) -> Node:
+    """What is written."""
+    written = argument(node, "values" if operator_name(node) == "aten::index_put" else "source")
+    assert isinstance(written, Node)
+    return written
 
 
 def weigh(lift: Lift, node: Node) -> Value | None:
@@ -272,6 +321,8 @@ def finished(lift: Lift, node: Node, found: PartialSum | DenseSum) -> Combined:
 RULES: dict[str, tuple[Rule, ...]] = {
     "aten::index_add": (index_add,),
     "aten::index_put": (index_put,),
+    "aten::index_copy": (index_copy,),
+    "aten::masked_scatter": (masked_scatter,),
     "aten::scatter_add": (scatter_add,),
     "aten::scatter_reduce": (scatter_add,),
     "aten::add": (add,),

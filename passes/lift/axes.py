@@ -1,8 +1,8 @@
 """The names of dimensions of a mask or a one-hot: T tokens, K slots, P pairs, E experts, 1 one of size 1.
 
-Tokens that a model keeps apart, as a batch and its positions, have a letter each, "BS": these are the ids' own
-token dimensions. What a rule relies on is the order of rows, which is that of the flattened tokens; so it asks
-for the names with the tokens' own as one "T", and a dimension of size 1 changes nothing.
+Tokens that a model keeps apart, as a batch and its positions, have a letter each, "BS": these are the ids'
+own token dimensions. What a rule relies on is the order of rows, which is that of the flattened tokens; so it
+asks for the names with the tokens' own as one "T", and a dimension of size 1 changes nothing.
 """
 
 from __future__ import annotations

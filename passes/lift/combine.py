@@ -124,7 +124,7 @@ def add_by_token(lift: Lift, node: Node) -> Value | None:
         return None
     if start.number != 0 or argument(node, "alpha") != 1 or not isinstance(rows.domain, Pairs):
         return None
-    if not isinstance(at, TokenOf) or at.domain != rows.domain:
+    if not isinstance(at, TokenOf) or rows.domain.meet(at.domain) != rows.domain:
         raise Unproven("R402", "rows are added at indices that are not their own tokens")
     assert rows.domain.ids is not None
     if rows.lead != 1 or len(rows.trail) != 1 or not same_size(shape(node)[0], count_tokens(rows.domain.ids)):

@@ -11,6 +11,7 @@ whole term vanish, every token for every expert says no more than the selected p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -159,8 +160,20 @@ def scale_matrix(lift: Lift, node: Node) -> Value | None:
             and value(node).dtype == value(other).dtype
         ):
             return rows.like(lift.pair(PairSource(other, source.ids, matrix=True, fill=0.0)))
-        return rows.like(lift.pair(PairSource(node, source.ids, matrix=True, fill=0.0)))
+        made_of = source.made_of or source.node
+        return rows.like(lift.pair(PairSource(node, source.ids, matrix=True, fill=0.0, made_of=made_of)))
     return None
+
+
+def softmax(lift: Lift, node: Node) -> Value | None:
+    """softmax of what is -inf off the ids: 0 there."""
+    rows = lift.rows(node.args[0])
+    if rows is None or rows.domain != Everywhere(_experts(rows), rows.lead - 1) or rows.trail:
+        return None
+    source = _leaf(lift, rows)
+    if source is None or source.fill != -math.inf or argument(node, "dim") not in (-1, rows.lead - 1):
+        return None
+    return rows.like(lift.pair(PairSource(node, source.ids, matrix=True, fill=0.0, made_of=source.node)))
 
 
 def _experts(rows: Rows) -> int:
@@ -169,12 +182,17 @@ def _experts(rows: Rows) -> int:
 
 def _zero_filled(lift: Lift, rows: Rows) -> PairSource | None:
     """The source of weights that are a leaf alone, cast or not, and 0 off the ids."""
+    source = _leaf(lift, rows)
+    return source if source is not None and source.fill == 0 else None
+
+
+def _leaf(lift: Lift, rows: Rows) -> PairSource | None:
+    """The source of weights that are a leaf alone, cast or not."""
     term = rows.term
     while lift.terms.steps[term].op == "cast":
         term = lift.terms.steps[term].args[0]
     leaf = lift.terms.steps[term]
-    source = lift.sources[str(leaf.attrs[0])] if leaf.op == "pair" else None
-    return source if source is not None and source.fill == 0 else None
+    return lift.sources[str(leaf.attrs[0])] if leaf.op == "pair" else None
 
 
 def _scales(lift: Lift, other: Node, node: Node, divides: bool) -> bool:
@@ -198,7 +216,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::scatter": (scatter,),
     "aten::one_hot": (one_hot,),
     "aten::to": (mask_as_integers,),
+    "aten::_to_copy": (mask_as_integers,),
     "aten::mul": (weigh_one_hot, choose, scale_matrix),
     "aten::div": (scale_matrix,),
+    "aten::softmax": (softmax,),
+    "aten::_softmax": (softmax,),
     "aten::sum": (sum_one_hot,),
 }

@@ -25,7 +25,10 @@ from dsmoe_compiler.ir.graph import (
 from dsmoe_compiler.passes.lift.state import Unproven, argument, has_slots, operator_name, uncast_rows
 
 _PICKS = frozenset(
-    {"aten::index", "aten::index_select", "aten::embedding", "aten::index_add", "aten::index_put"}
+    f"aten::{name}"
+    for name in (
+        *("index", "index_select", "embedding", "index_add", "index_put", "index_copy", "masked_scatter"),
+    )
 )
 _WRITES = frozenset({"aten::index_put_", "aten::index_add_", "aten::scatter_add", "aten::scatter_add_"})
 _PRODUCTS = frozenset({"aten::mul", "aten::mul_", "aten::bmm", "aten::matmul", "aten::einsum"})
@@ -46,7 +49,8 @@ _MATRICES = frozenset(
     f"aten::{name}"
     for name in (
         *("one_hot", "to", "_to_copy", "t", "transpose", "permute", "unsqueeze", "view", "reshape"),
-        *("select", "mul", "sum", "type_as", "expand", "contiguous", "sigmoid", "einsum"),
+        *("select", "mul", "sum", "type_as", "expand", "contiguous", "sigmoid", "einsum", "softmax"),
+        *("_softmax", "div", "where", "masked_fill"),
     )
 )
 _JOINS = ("aten::cat", "aten::concat", "aten::stack")
@@ -194,10 +198,13 @@ def _selects(node: Node, origin: Node) -> bool:
         return isinstance(table, Node) and table is not origin and len(shape(table)) >= 2
     if name in _PRODUCTS:
         others = [a for a in node.all_input_nodes if a is not origin and is_tensor(a)]
-        column = len(shape(origin)) == 2 and same_size(shape(origin)[1], 1)
-        weighs = column and any(len(shape(o)) == 2 and not same_size(shape(o)[1], 1) for o in others)
+        weighs = _is_column(origin) and any(len(shape(o)) > 1 and not _is_column(o) for o in others)
         return weighs or any(len(shape(o)) >= 3 and not same_widths(o, origin) for o in others)
-    return False
+    return name == "aten::where" and node.args[0] is origin and _is_column(origin) and not _is_column(node)
+
+
+def _is_column(node: Node) -> bool:
+    return len(shape(node)) > 1 and same_size(shape(node)[-1], 1)
 
 
 def same_widths(a: Node, b: Node) -> bool:

@@ -2,6 +2,7 @@
 
 x[perm // K]              token(x)      in sorted order
 repeat_interleave(x, K)   token(x)      in the pairs' own order
+arange(T).repeat_interleave(K)[perm]    the token of each row
 P[ids]                    expert(P)     in the pairs' own order
 x.repeat(E, 1)            token(x)      every token for every expert
 v.reshape(-1)[perm]       pair(v)       in sorted order
@@ -13,13 +14,23 @@ from torch.fx import Node
 
 from dsmoe_compiler.ir.graph import Size, aten, same_size, shape, value
 from dsmoe_compiler.passes.lift.axes import count_tokens
-from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, Unproven, argument, has_slots
+from dsmoe_compiler.passes.lift.state import (
+    Lift,
+    NotStatic,
+    PairSource,
+    Rule,
+    Unproven,
+    argument,
+    has_slots,
+    operator_name,
+)
 from dsmoe_compiler.passes.lift.values import (
     Everywhere,
     InversePermutation,
     OneExpert,
     Pairs,
     Permutation,
+    Range,
     Rows,
     SortedIds,
     TokenOf,
@@ -52,10 +63,16 @@ def embedding(lift: Lift, node: Node) -> Value | None:
 
 
 def _take(lift: Lift, source: Node, at: Node) -> Value | None:
-    rows, position = lift.rows(source), lift.of(at)
+    rows, position, found = lift.rows(source), lift.of(at), lift.of(source)
     if rows is not None:
         return _reorder(rows, position)
+    if isinstance(found, TokenOf) and isinstance(position, Permutation):
+        return TokenOf(position.domain) if found.domain == Pairs(None, position.domain.slots) else None
     if isinstance(position, TokenOf) and lift.opaque(source) and len(shape(source)) == 2:
+        slots = position.domain.slots
+        numbered = position.domain == Pairs(None, slots)
+        if numbered and not same_size(shape(at)[0], shape(source)[0] * slots):
+            return None
         return Rows(position.domain, lift.token(source), 1, _static(shape(source)[1:]))
     if isinstance(position, Permutation) and lift.opaque(source):
         return _permuted_weights(lift, source, position)
@@ -117,12 +134,33 @@ def _same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
 def repeat_interleave(lift: Lift, node: Node) -> Value | None:
     """repeat_interleave(x, K, dim=0): each token K times, in the order of pairs."""
     tokens, slots = node.args[0], node.args[1]
+    if (
+        isinstance(slots, int)
+        and isinstance(lift.of(tokens), Range)
+        and argument(node, "dim") in (None, 0, -1)
+    ):
+        return TokenOf(Pairs(None, slots))
     if not isinstance(slots, int) or argument(node, "dim") != 0 or not lift.opaque(tokens):
         return None
     assert isinstance(tokens, Node)
     if len(shape(tokens)) != 2 or not value(tokens).is_floating_point():
         return None
     return Rows(Pairs(None, slots), lift.token(tokens), 1, _static(shape(tokens)[1:]))
+
+
+def spread_numbers(lift: Lift, node: Node) -> Value | None:
+    """arange(T).unsqueeze(1).expand(-1, K).reshape(-1): the token of each pair in its own order."""
+    spread = node.args[0]
+    assert isinstance(spread, Node)
+    if len(shape(node)) == 1 and operator_name(spread) in ("aten::expand", "aten::repeat"):
+        column, slots = spread.args[0], shape(spread)[-1]
+        if not isinstance(column, Node) or not isinstance(slots, int) or len(shape(spread)) != 2:
+            return None
+        numbers = column.args[0] if operator_name(column) in ("aten::unsqueeze", "aten::view") else None
+        one = same_size(shape(column)[-1], 1) and same_size(shape(column)[0], shape(spread)[0])
+        if one and len(shape(column)) == 2 and isinstance(lift.of(numbers), Range):
+            return TokenOf(Pairs(None, slots))
+    return None
 
 
 def repeat(lift: Lift, node: Node) -> Value | None:
@@ -163,15 +201,15 @@ def expand(lift: Lift, node: Node) -> Value | None:
     return Rows(domain, lift.token(tokens), 2, _static(shape(tokens)[1:]))
 
 
-def tokens_everywhere(lift: Lift, node: Node, experts: int) -> Rows | None:
-    """x (T, D) or x (1, T, D) where a product broadcasts it over the experts."""
+def tokens_everywhere(lift: Lift, node: Node, experts: int, rank: int = 2) -> Rows | None:
+    """x (T, D) or x (1, T, D) where a product broadcasts it over the experts; x of `rank` dimensions."""
     if node.target is aten.unsqueeze.default and argument(node, "dim") == 0:
         below = node.args[0]
         assert isinstance(below, Node)
         node = below
-    if not lift.opaque(node) or len(shape(node)) != 2 or not value(node).is_floating_point():
+    if not lift.opaque(node) or len(shape(node)) != rank or not value(node).is_floating_point():
         return None
-    return Rows(Everywhere(experts), lift.token(node), 2, _static(shape(node)[1:]))
+    return Rows(Everywhere(experts), lift.token(node), rank, _static(shape(node)[-1:]))
 
 
 def _static(sizes: tuple[Size, ...]) -> tuple[int, ...]:
@@ -186,5 +224,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::embedding": (embedding,),
     "aten::repeat_interleave": (repeat_interleave,),
     "aten::repeat": (repeat,),
+    "aten::view": (spread_numbers,),
+    "aten::reshape": (spread_numbers,),
+    "aten::flatten": (spread_numbers,),
     "aten::expand": (expand,),
 }

@@ -56,7 +56,7 @@ def batched(lift: Lift, node: Node) -> Value | None:
     if a is not None and b is not None and a.is_matrix != b.is_matrix:
         if not _same_rows(node, left, right, a.lead):
             return None
-        return _gathered(lift, a, b, column=True) if a.is_matrix else _gathered(lift, b, a, column=False)
+        return of_gathered(lift, a, b, column=True) if a.is_matrix else of_gathered(lift, b, a, column=False)
     return _everywhere(lift, left, right)
 
 
@@ -85,7 +85,7 @@ def _same_rows(node: Node, left: object, right: object, lead: int) -> bool:
     return all(map(same_size, shape(node)[:lead] * 2, shape(left)[:lead] + shape(right)[:lead]))
 
 
-def _gathered(lift: Lift, matrix: Rows, rows: Rows, *, column: bool) -> Rows | None:
+def of_gathered(lift: Lift, matrix: Rows, rows: Rows, *, column: bool) -> Rows | None:
     """P[e] · column, P[e] being (out, in) as gathered; or row · P[e], it being (in, out)."""
     domain = matrix.domain.meet(rows.domain)
     if domain is None or matrix.lead != rows.lead or len(matrix.trail) != 2 or len(rows.trail) != 2:
@@ -164,17 +164,16 @@ def einsum(lift: Lift, node: Node) -> Value | None:
         return None
     e = weights[0]
     rows = lift.rows(operands[1 - which])
-    if rows is None and e not in other and len(other) == 2:
-        rows = tokens_everywhere(lift, operands[1 - which], experts)
+    if rows is None and e not in other and len(other) > 1:
+        rows = tokens_everywhere(lift, operands[1 - which], experts, len(other))
         other = e + other
     inner = other[-1]
-    if rows is None or rows.lead != 2 or len(rows.trail) != 1 or not isinstance(rows.domain, GRIDS):
+    if rows is None or rows.lead < 2 or len(rows.trail) != 1 or not isinstance(rows.domain, GRIDS):
         return None
     if other.find(e) != rows.domain.axis or rows.domain.experts != experts or inner not in weights[1:]:
         return None
     outer = weights[2] if weights[1] == inner else weights[1]
-    token = other[1 - rows.domain.axis]
-    if len(out) != 3 or set(out) != {e, token, outer} or out[-1] != outer:
+    if e not in out or out[-1] != outer or out.replace(e, "") != other.replace(e, "")[:-1] + outer:
         return None
     if shape(operands[which])[weights.index(inner)] != rows.width:
         return None

@@ -76,7 +76,8 @@ _WIDE = frozenset({torch.int16, torch.int32, torch.int64})
 class PairSource:
     """Where a routing weight comes from: a (T, K) value, or a (T, E) matrix to be read at the ids.
 
-    `fill` is what dense weights hold away from the ids, None if they are not; a `mask` holds 1 at them.
+    `fill` is what dense weights hold away from the ids, None if they are not; a `mask` holds 1 at them. A
+    matrix that others were made into, by what keeps it 0 off the ids, was `made_of` one of them.
     """
 
     node: Node
@@ -84,6 +85,7 @@ class PairSource:
     matrix: bool = False
     mask: bool = False
     fill: float | None = None
+    made_of: Node | None = None
 
 
 @dataclass

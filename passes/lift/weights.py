@@ -35,7 +35,7 @@ def mask_weights(lift: Lift, node: Node) -> Value | None:
     """w * (ids == e)."""
     for mask_at, weight_at in ((0, 1), (1, 0)):
         found = lift.of(node.args[mask_at])
-        if isinstance(found, Mask):
+        if isinstance(found, Mask) and _same(shape(node.args[mask_at]), shape(node)):  # type: ignore[arg-type]
             return _masked(lift, node, found, node.args[weight_at])
     return None
 
@@ -46,13 +46,16 @@ def select_weights(lift: Lift, node: Node) -> Value | None:
         return None
     mask, weight, other = lift.of(node.args[0]), node.args[1], node.args[2]
     zero = other == 0 or (isinstance(found := lift.of(other), Filled) and found.number == 0)
-    return _masked(lift, node, mask, weight) if isinstance(mask, Mask) and zero else None
+    if not isinstance(mask, Mask) or not zero or not _same(shape(node.args[0]), shape(node)):  # type: ignore[arg-type]
+        return None
+    return _masked(lift, node, mask, weight)
 
 
 def fill_weights(lift: Lift, node: Node) -> Value | None:
     """w.masked_fill(ids != e, 0)."""
     found, number = lift.of(argument(node, "mask")), argument(node, "value")
-    if not isinstance(found, Outside) or number != 0:
+    mask = argument(node, "mask")
+    if not isinstance(found, Outside) or number != 0 or not _same(shape(mask), shape(node)):
         return None
     return _masked(lift, node, found.mask, node.args[0])
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.loops import Case, D, E, K, Layer, SwiGLU, argmax, many, maximum, softmax_top_k
+from tests.passes.loops import Case, D, Layer, maximum
 
 
 class Apart(Layer):
