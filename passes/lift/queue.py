@@ -276,7 +276,7 @@ def rename(lift: Lift, node: Node) -> Value | None:
 
 
 def renamed(node: Node, axes: str) -> str | None:
-    """The names of the dimensions after a rearrangement."""
+    """The names of the dimensions after a rearrangement; None where it is none."""
     rank = len(axes)
     order = list(range(rank))
     match operator_name(node):
@@ -294,8 +294,12 @@ def renamed(node: Node, axes: str) -> str | None:
         case "aten::transpose":
             i, j = (d % rank for d in node.args[1:3] if isinstance(d, int))
             order[i], order[j] = j, i
-        case _:
+        case "aten::t" | "aten::mT" | "aten::numpy_T" if rank == 2:
+            order.reverse()
+        case "aten::mT":
             order[-2:] = order[:-3:-1]
+        case _:
+            return None
     return "".join(axes[d] for d in order)
 
 
