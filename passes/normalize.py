@@ -89,10 +89,16 @@ def _pin_sizes(graph: ProgramGraph) -> int:
         number = size if isinstance(size, int) else size.node.expr
         if isinstance(number, int) or number.is_Integer:
             for user in list(node.users):
-                user.args = map_arg(user.args, lambda n, of=node, is_=int(number): is_ if n is of else n)
-                user.kwargs = map_arg(user.kwargs, lambda n, of=node, is_=int(number): is_ if n is of else n)
+                _put_number(user, node, int(number))
             changed += 1
     return changed
+
+
+def _put_number(user: Node, size: Node, number: int) -> None:
+    def put(node: Node) -> Argument:
+        return number if node is size else node
+
+    user.args, user.kwargs = map_arg(user.args, put), map_arg(user.kwargs, put)
 
 
 def _make_functional(graph: ProgramGraph) -> int:

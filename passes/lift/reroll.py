@@ -22,7 +22,7 @@ def reroll(lift: Lift, slots: int, visits: Sequence[Visit]) -> int:
 
     Raises Unproven where the experts are not 0, 1, 2, … each once, or do not compute the same.
     """
-    return _Walk(lift).same(tuple(_of_expert(e, slots, visits) for e in _numbered(visits)))
+    return _one(lift, [_of_expert(e, slots, visits) for e in _numbered(visits)])
 
 
 def reroll_apart(lift: Lift, slots: int, visits: Sequence[Visit]) -> tuple[int, int, tuple[Group, ...]]:
@@ -35,14 +35,22 @@ def reroll_apart(lift: Lift, slots: int, visits: Sequence[Visit]) -> tuple[int, 
     bare = [not any(lift.terms.leaves(t, leaf) for leaf in ("own", "expert", "shared")) for t in terms]
     count = bare.index(True) if True in bare else len(terms)
     if count == 0 or not all(bare[count:]):
-        return len(terms), _Walk(lift).same(tuple(terms)), ()
+        return len(terms), _one(lift, terms), ()
     beside = list[Group]()
     for e, term in enumerate(terms[count:], count):
         if beside and beside[-1].term == term:
             beside[-1] = Group(beside[-1].first, e + 1, term)
         else:
             beside.append(Group(e, e + 1, term))
-    return count, _Walk(lift).same(tuple(terms[:count])), tuple(beside)
+    return count, _one(lift, terms[:count]), tuple(beside)
+
+
+def _one(lift: Lift, terms: Sequence[int]) -> int:
+    """The term of any expert from those of all."""
+    term = _Walk(lift).same(tuple(terms))
+    if not lift.terms.leaves(term, "expert"):  # one module is all experts: its weights say who was chosen
+        term = _Walk(lift, shares=False).same(tuple(terms))
+    return term
 
 
 def _numbered(visits: Sequence[Visit]) -> list[int]:
@@ -70,8 +78,8 @@ def _of_expert(expert: int, slots: int, visits: Sequence[Visit]) -> int:
 
 
 class _Walk:
-    def __init__(self, lift: Lift) -> None:
-        self.lift, self.done = lift, dict[tuple[int, ...], int]()
+    def __init__(self, lift: Lift, *, shares: bool = True) -> None:
+        self.lift, self.shares, self.done = lift, shares, dict[tuple[int, ...], int]()
 
     def same(self, terms: tuple[int, ...]) -> int:
         if terms not in self.done:
@@ -93,7 +101,7 @@ class _Walk:
         return table.number(first.op, args, first.attrs)
 
     def _packed(self, names: list[str]) -> int:
-        if len(set(names)) == 1:
+        if self.shares and len(set(names)) == 1:
             return self.lift.share(self.lift.own[names[0]])
         parts = tuple(self.lift.own[name] for name in names)
         for e, part in enumerate(parts):
