@@ -1,5 +1,6 @@
 """What all tests share: golden texts, captured layers, and what is skipped where."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -7,6 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
+
+# The same examples every time; HYPOTHESIS_PROFILE=exploring looks for others. A layer that fails is printed
+# as it was found: making it smaller compiles hundreds of others first, and its parts have names as they are.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)
+settings.register_profile("exploring", settings.get_profile("repeatable"), derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 GOLDEN = Path(__file__).parent / "golden"
 # Drawings are all that the layout library is needed for.

@@ -305,6 +305,15 @@ class Route:
     run: Callable[[Router, Tensor], tuple[Tensor, Tensor]]
     fused: bool = True
     bias: bool = False
+    groups: int = 1
+
+    def fits(self, sizes: Sizes) -> bool:
+        """Whether there are groups of two experts or more, and enough experts in one."""
+        return (
+            self.groups == 1
+            or sizes.experts % self.groups == 0
+            and sizes.experts >= max(2 * self.groups, self.groups * sizes.top_k)
+        )
 
     def __str__(self) -> str:
         return self.name
@@ -393,9 +402,9 @@ def _sparse_scores(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
 
 SOFTMAX = Route("softmax→top-k", _softmax)
 IN_GROUPS: tuple[Route, ...] = (
-    Route("in groups, top two", _grouped(lambda g: g.topk(2, dim=-1)[0].sum(dim=-1), 0.0)),
-    Route("in groups, max", _grouped(lambda g: g.amax(dim=-1), float("-inf"))),
-    Route("in groups, max with indices", _grouped(lambda g: g.max(dim=-1).values, 0.0)),
+    Route("in groups, top two", _grouped(lambda g: g.topk(2, dim=-1)[0].sum(dim=-1), 0.0), groups=2),
+    Route("in groups, max", _grouped(lambda g: g.amax(dim=-1), float("-inf")), groups=2),
+    Route("in groups, max with indices", _grouped(lambda g: g.max(dim=-1).values, 0.0), groups=2),
 )
 UNKNOWN: tuple[Route, ...] = (
     Route("tanh→top-k", _tanh, fused=False),
