@@ -271,7 +271,8 @@ def _compiled(
             raise CaptureError(
                 f"cannot capture {report.model}: the graph gives other numbers than the model on "
                 f"{replayed.wrong}; its code depends on values, sizes or earlier calls in a way "
-                "that tracing does not see"
+                "that tracing does not see",
+                "R103",
             )
         program = plain
     nodes = len(program.module.graph.nodes)
@@ -301,7 +302,7 @@ def _held(request: _Request, captured: Captured, progress: Progress | None) -> b
             f"tracing assumed: {assumed}" if assumed else "its code depends on how many tokens an expert has"
         )
         raise CaptureError(
-            f"cannot capture {name}: the graph gives other numbers than the model with {wrong}; {why}"
+            f"cannot capture {name}: the graph gives other numbers than the model with {wrong}; {why}", "R102"
         )
     return True
 

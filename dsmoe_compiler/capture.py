@@ -389,12 +389,13 @@ def _explain(
     )
     if (raised := _raised(module, example)) is not None:
         return InputError(f"{name} itself fails on the example inputs{_place(raised)}: {_reason(raised)}")
-    of_values = "data-dependent" in str(failure).lower() or ".numpy() is not supported" in str(failure)
+    code, of_values = "R104", "data-dependent" in str(failure).lower() or ".numpy() is not" in str(failure)
     if of_values or "DataDependent" in type(failure).__name__:
-        what_to_do = (
-            "the graph may not depend on the values of tensors: remove the branch or the loop over data"
+        code, what_to_do = (
+            "R101",
+            "the graph may not depend on the values of tensors: remove the branch or the loop over data",
         )
-    return CaptureError(f"cannot capture {name}{_place(failure)}: {_reason(failure)}; {what_to_do}")
+    return CaptureError(f"cannot capture {name}{_place(failure)}: {_reason(failure)}; {what_to_do}", code)
 
 
 def _raised(module: nn.Module, example: Example) -> Exception | None:

@@ -101,7 +101,8 @@ def _take_apart(output: Any, values: list[Any]) -> Structure:
         return Structure("mapping", _name(kind), tuple(output), _each(output.values(), values))
     raise CaptureError(
         f"the model returns a {kind.__name__}: return tensors and numbers, or tuples, lists, dicts, named "
-        "tuples and dataclasses of them"
+        "tuples and dataclasses of them",
+        "R105",
     )
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Every code a refusal may carry: R1xx capture, R2xx router, R3xx experts, R4xx permutation and combine, R5xx
-# target.
+# Every code a refusal may carry: R2xx router, R3xx experts, R4xx permutation and combine, R5xx target; R1xx,
+# capture, are those of a CaptureError.
 CODES: dict[str, str] = {
+    "R101": "the code depends on the values of tensors in a way that cannot be traced",
+    "R102": "what tracing took for granted of the code does not hold on other routings",
+    "R103": "the captured graph gives other numbers than the model",
+    "R104": "the code does something else that torch.export does not trace",
+    "R105": "the model returns something that is not made of tensors and numbers",
     "R201": "the router's weights or ids do not come from top-k scores of known form",
     "R202": "the router reads another tensor than its experts",
     "R203": "validation: the fused router gives other numbers than the one it replaces",
@@ -39,6 +44,12 @@ _A_DEFECT = (
     "compiler, worth a report"
 )
 REMEDIES: dict[str, str] = {
+    "R101": "say with where, clamp or a mask what the branch or the loop says",
+    "R102": "let an expert without tokens change nothing, and do the same however many tokens one has",
+    "R103": "let the code do the same traced as run: no branch on what kind of tensor it is given, on sizes, "
+    "or on earlier calls",
+    "R104": "make an operator of the part that fails (torch.library.custom_op), or give another example",
+    "R105": "return tensors and numbers, or tuples, lists, dicts, named tuples and dataclasses of them",
     "R201": "the experts are fused all the same; to fuse the router too, score by softmax or sigmoid, "
     "select by one top-k over all experts, and weigh by the selected scores",
     "R202": "the experts are fused all the same; to fuse the router too, let it read what its experts read",
@@ -110,7 +121,15 @@ class InputError(DsmoeError):
 
 
 class CaptureError(DsmoeError):
-    """The model could not be turned into a graph that computes the same."""
+    """The model could not be turned into a graph that computes the same; `code` is one of R1xx."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{self.code}: {message}" if self.code else message
 
 
 class ShapeError(InputError):

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsmoe_compiler.ir.source_lines import SourceLine
+
+@dataclass(frozen=True)
+class SourceLine:
+    """A line of code, the function it is in, and its text ("" where capture did not keep it).
+
+    `file` is the file's name without its folder; an `installed` one is a library's, not the user's to change.
+    """
+
+    file: str
+    line: int
+    function: str = ""
+    text: str = ""
+    installed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
 
 
 @dataclass(frozen=True)

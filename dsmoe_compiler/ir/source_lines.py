@@ -10,25 +10,10 @@ from pathlib import Path
 
 from torch.fx import Node
 
+from dsmoe_compiler.ir.explanation import SourceLine
+
 _FRAME = re.compile(r'\s*File "(?P<file>.+)", line (?P<line>\d+)(?:, in (?P<function>.+))?')
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")})
-
-
-@dataclass(frozen=True)
-class SourceLine:
-    """A line of code, the function it is in, and its text ("" where capture did not keep it).
-
-    `file` is the file's name without its folder; an `installed` one is a library's, not the user's to change.
-    """
-
-    file: str
-    line: int
-    function: str = ""
-    text: str = ""
-    installed: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
 
 
 @dataclass(frozen=True)

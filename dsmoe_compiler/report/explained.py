@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from dsmoe_compiler.ir.errors import REMEDIES, Refusal
-from dsmoe_compiler.ir.explanation import Explanation, Moment
-from dsmoe_compiler.ir.source_lines import SourceLine
+from dsmoe_compiler.ir.explanation import Explanation, Moment, SourceLine
 from dsmoe_compiler.ir.spec import MoESpec
 from dsmoe_compiler.report.layer_names import collapse
 from dsmoe_compiler.report.report import LayerReport, Report

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dsmoe_compiler.ir.errors import Refusal
-from dsmoe_compiler.ir.explanation import Explanation, Moment, Spelling
-from dsmoe_compiler.ir.source_lines import SourceLine
+from dsmoe_compiler.ir.explanation import Explanation, Moment, SourceLine, Spelling
 from dsmoe_compiler.ir.spec import MoESpec, parse
 
 

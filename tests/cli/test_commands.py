@@ -140,7 +140,9 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 def test_no_command_is_a_question() -> None:
     result = run()
     assert result.exit_code == 0
-    assert all(command in result.stdout for command in ("inspect", "explain", "compile", "opt", "models", "demo"))
+    assert all(
+        command in result.stdout for command in ("inspect", "explain", "compile", "opt", "models", "demo")
+    )
 
 
 def test_version() -> None:

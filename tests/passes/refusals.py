@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe_compiler.ir.errors import CaptureError
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse, to_text
 from dsmoe_compiler.passes.fuse_router import FuseRouter
 from dsmoe_compiler.passes.fuse_shared_experts import FuseSharedExperts
@@ -24,7 +25,7 @@ from tests.passes.checks import compiled
 from tests.passes.sabotage import Sabotaged
 
 D, E, K = 16, 8, 2
-Forward: TypeAlias = Callable[["Layer", Tensor], Tensor]
+Forward: TypeAlias = Callable[["Layer", Tensor], Any]
 
 
 class Layer(nn.Module):
@@ -45,8 +46,9 @@ class Layer(nn.Module):
         self.maps = nn.ModuleList([nn.Linear(D, D, bias=False) for _ in range(E)]).requires_grad_(False)
         self.way = way
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.way(self, x.reshape(-1, D)).view(x.shape)
+    def forward(self, x: Tensor) -> Any:
+        y = self.way(self, x.reshape(-1, D))
+        return y.view(x.shape) if isinstance(y, Tensor) else y
 
 
 def route(m: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +82,45 @@ def everywhere(m: Layer, x: Tensor) -> Tensor:
     """Every expert on every token: (E, T, D)."""
     h = torch.bmm(x.unsqueeze(0).expand(E, -1, -1), m.up.transpose(1, 2)).relu()
     return torch.bmm(h, m.down.transpose(1, 2))
+
+
+# -- capture -----------------------------------------------------------------------------------------
+
+
+def branches_on_values(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = route(m, x)
+    if weights.max() > 0.5:
+        weights = weights * 2
+    return combined(pairs(m, x, ids), weights)
+
+
+def an_expert_without_tokens_matters(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = route(m, x)
+    out = torch.zeros_like(x)
+    for e in range(E):
+        tokens, slots = torch.where(ids == e)
+        if tokens.numel() == 0:
+            out = out + 1
+            continue
+        out.index_add_(0, tokens, expert(m, e, x[tokens]) * weights[tokens, slots, None])
+    return out
+
+
+def another_when_traced(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = route(m, x)
+    traced = type(x) is not Tensor
+    return combined(pairs(m, x, ids), weights) * (2 if traced else 1)
+
+
+def where_it_lies_in_memory(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = route(m, x)
+    aligned = x.data_ptr() % 64 == 0
+    return combined(pairs(m, x if aligned else x.clone(), ids), weights)
+
+
+def returns_a_set(m: Layer, x: Tensor) -> set[Tensor]:
+    weights, ids = route(m, x)
+    return {combined(pairs(m, x, ids), weights)}
 
 
 # -- the router --------------------------------------------------------------------------------------
@@ -292,6 +333,11 @@ class Provoked:
 
 
 PROVOKED: tuple[Provoked, ...] = (
+    Provoked("R101", branches_on_values),
+    Provoked("R102", an_expert_without_tokens_matters),
+    Provoked("R103", another_when_traced),
+    Provoked("R104", where_it_lies_in_memory),
+    Provoked("R105", returns_a_set),
     Provoked("R201", scores_by_tanh),
     Provoked("R202", routes_by_another_input),
     Provoked("R203", as_it_should_be, "fuse_router", wrong_scale),
@@ -327,11 +373,13 @@ def made(provoked: Provoked) -> Layer:
 
 
 @functools.cache
-def program_of(provoked: Provoked) -> Program:
-    """The layer compiled, all rewrites checked on numbers."""
+def outcome_of(provoked: Provoked) -> Program | CaptureError:
+    """The layer compiled, all rewrites checked on numbers; or why it could not be captured."""
     steps = (Normalize(), LiftExperts(), FuseRouter(), FuseSharedExperts())
     if provoked.how is not None:
-        names = [step.name for step in steps]
-        at = names.index(provoked.broken)
+        at = [step.name for step in steps].index(provoked.broken)
         return compiled(made(provoked), pipeline=(*steps[:at], Sabotaged(steps[at], provoked.how)))
-    return compiled(made(provoked), pipeline=steps)
+    try:
+        return compiled(made(provoked), pipeline=steps)
+    except CaptureError as error:
+        return error

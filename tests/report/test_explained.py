@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dsmoe_compiler.ir.errors import Refusal
-from dsmoe_compiler.ir.explanation import Explanation, Moment, Spelling
-from dsmoe_compiler.ir.source_lines import SourceLine
+from dsmoe_compiler.ir.explanation import Explanation, Moment, SourceLine, Spelling
 from dsmoe_compiler.ir.spec import MoESpec
 from dsmoe_compiler.report.explained import group, page
 from dsmoe_compiler.report.report import LayerReport, Left, Report
