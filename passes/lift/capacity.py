@@ -563,6 +563,9 @@ def together(lift: Lift, node: Node) -> Value | None:
 
 
 def _same(a: Node, b: Node) -> bool:
+    """Whether both are tensors of one shape; an operand may be a size."""
+    if not is_tensor(a) or not is_tensor(b):
+        return False
     return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
 
 
