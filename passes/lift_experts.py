@@ -49,6 +49,7 @@ from dsmoe_compiler.passes.lift import (
     queue,
     rowwise,
     segments,
+    slot_by_slot,
     weights,
 )
 from dsmoe_compiler.passes.lift.axes import count_tokens
@@ -88,6 +89,7 @@ _FAMILIES = (
     gather.RULES,
     product.RULES,
     gathered.RULES,
+    slot_by_slot.RULES,
     combine.RULES,
     along_width.RULES,
     rowwise.RULES,
@@ -232,6 +234,8 @@ def _behind(lift: Lift, node: Node) -> set[Node]:
 
 def _counted(lift: Lift, node: Node, found: Combined) -> int | None:
     """How many experts have rows at all, where the spelling leaves out the pairs of others."""
+    if isinstance(found.rows.domain, Everywhere):
+        return found.rows.domain.experts
     counted = (m.experts for n in _behind(lift, node) if isinstance(m := lift.of(n), Offsets))
     return next(counted, None) if found.visited is None else found.visited
 

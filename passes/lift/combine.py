@@ -14,6 +14,7 @@ from dsmoe_compiler.ir.body import Body, Step
 from dsmoe_compiler.ir.graph import dtype, same_size, shape
 from dsmoe_compiler.ir.reference import evaluate
 from dsmoe_compiler.passes.lift.axes import count_tokens
+from dsmoe_compiler.passes.lift.dense import as_dense
 from dsmoe_compiler.passes.lift.gather import is_pair_shaped
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import Combined, Everywhere, Filled, Pairs, Rows, TokenOf, Value
@@ -73,7 +74,7 @@ def weighted_sum(lift: Lift, node: Node) -> Value | None:
 def dense_sum(lift: Lift, node: Node) -> Value | None:
     """einsum("te,etd->td", dense weights, rows): every expert's rows times their weights, summed."""
     inputs, _, out = str(argument(node, "equation")).replace(" ", "").partition("->")
-    names, found = inputs.split(","), [lift.rows(o) for o in argument(node, "tensors")]
+    names, found = inputs.split(","), [as_dense(lift, o) for o in argument(node, "tensors")]
     if len(found) != 2:
         return None
     at = 0 if len(names[0]) < len(names[1]) else 1

@@ -113,13 +113,43 @@ def sum_one_hot(lift: Lift, node: Node) -> Value | None:
     return MultiHot(found.ids, found.experts)
 
 
-def _dense(lift: Lift, node: Node, hot: OneHot, weight: Node) -> Rows:
+def _dense(lift: Lift, node: Node, hot: OneHot, weight: Node, rank: int | None = None) -> Rows:
     """The pairs' weights at their experts, 0 elsewhere."""
     term = lift.pair(PairSource(weight, hot.ids, fill=0.0))
     if dtype(node) != dtype(weight):
         term = lift.terms.number("cast", (term,), (str(dtype(node)).removeprefix("torch."),))
-    rank = len(shape(node))
+    rank = rank or len(shape(node))
     return Rows(Everywhere(hot.experts, rank - 1), term, rank, ())
+
+
+def as_dense(lift: Lift, node: object) -> Rows | None:
+    """Dense weights, also as the weighed one-hot of one id a token."""
+    found = lift.of(node)
+    if not isinstance(found, OneHot) or found.weight is None or not isinstance(node, Node):
+        return lift.rows(node)
+    names = found.axes.rstrip("1")
+    if plain(replace(found, weight=None)) is None or "1" in names or order_of(names, found.ids) != "TE":
+        return None
+    return replace(_dense(lift, node, found, found.weight, len(names)), trail=(1,) * found.axes.count("1"))
+
+
+def weigh_rows(lift: Lift, node: Node) -> Value | None:
+    """every token's rows for every expert (T, E, D) * weighed one-hot (T, E, 1)."""
+    for hot_at, rows_at in ((0, 1), (1, 0)):
+        if not isinstance(lift.of(node.args[hot_at]), OneHot):
+            continue
+        weights, rows = as_dense(lift, node.args[hot_at]), lift.rows(node.args[rows_at])
+        if weights is None or rows is None or (weights.domain, weights.lead) != (rows.domain, rows.lead):
+            continue
+        operands = (node.args[hot_at], node.args[rows_at])
+        if weights.trail != (1,) or len(rows.trail) != 1 or not _keep_rows(node, operands, rows.lead):
+            continue
+        return rows.like(lift.terms.number("mul", (rows.term, weights.term)))
+    return None
+
+
+def _keep_rows(node: Node, operands: Sequence[object], lead: int) -> bool:
+    return all(isinstance(o, Node) and _same(shape(o)[:lead], shape(node)[:lead]) for o in operands)
 
 
 def choose(lift: Lift, node: Node) -> Value | None:
@@ -217,7 +247,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::one_hot": (one_hot,),
     "aten::to": (mask_as_integers,),
     "aten::_to_copy": (mask_as_integers,),
-    "aten::mul": (weigh_one_hot, choose, scale_matrix),
+    "aten::mul": (weigh_one_hot, weigh_rows, choose, scale_matrix),
     "aten::div": (scale_matrix,),
     "aten::softmax": (softmax,),
     "aten::_softmax": (softmax,),

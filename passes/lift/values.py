@@ -465,6 +465,16 @@ class DenseSum:
 
 
 @dataclass(frozen=True)
+class SlotSum:
+    """(T, D): the sum of some slots' rows, each slot with its term over all pairs."""
+
+    ids: Node
+    slots: int
+    terms: tuple[tuple[int, int], ...]
+    width: int
+
+
+@dataclass(frozen=True)
 class PartialRows:
     """The pairs in their own order, the rows of the experts visited so far written."""
 
@@ -548,6 +558,7 @@ Value: TypeAlias = (
     | MaskedWeights
     | PartialSum
     | DenseSum
+    | SlotSum
     | PartialRows
     | Filled
     | Scratch

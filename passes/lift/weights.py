@@ -15,6 +15,7 @@ from torch.fx import Node
 from dsmoe_compiler.ir.graph import Size, dtype, is_tensor, same_size, shape, value
 from dsmoe_compiler.passes.lift.axes import count_tokens
 from dsmoe_compiler.passes.lift.combine import vanishes
+from dsmoe_compiler.passes.lift.dense import as_dense
 from dsmoe_compiler.passes.lift.discover import require_distinct
 from dsmoe_compiler.passes.lift.masks import listed, listing
 from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, argument
@@ -108,7 +109,7 @@ def slice_column(lift: Lift, node: Node) -> Value | None:
 
 def columns(lift: Lift, node: Node) -> Value | None:
     """dense weights (T, E).unbind(-1)."""
-    rows = lift.rows(node.args[0])
+    rows = as_dense(lift, node.args[0])
     if rows is None or not isinstance(rows.domain, Everywhere):
         return None
     found = tuple(_column(lift, node, e, ()) for e in range(rows.domain.experts))
@@ -116,7 +117,7 @@ def columns(lift: Lift, node: Node) -> Value | None:
 
 
 def _column(lift: Lift, node: Node, index: int, kept: tuple[int, ...]) -> Column | None:
-    rows = lift.rows(node.args[0])
+    rows = as_dense(lift, node.args[0])
     if rows is None or not isinstance(rows.domain, Everywhere) or any(size != 1 for size in rows.trail):
         return None
     leaves = lift.terms.leaves(rows.term, "pair")

@@ -35,6 +35,12 @@ def argmax_apart(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return scores.max(dim=-1).values, scores.argmax(dim=-1)
 
 
+def maximum_slot(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Ids (B, S, 1), weights (B, S, 1)."""
+    weights, ids = logits.softmax(-1).max(dim=-1, keepdim=True)
+    return weights, ids
+
+
 # -- loops -----------------------------------------------------------------------------------------
 
 
@@ -239,6 +245,11 @@ def switch_every_token(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def switch_stacked(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    every = torch.stack([expert(x) for expert in m.experts], dim=2)
+    return (every * (F.one_hot(ids, m.num_experts) * w.unsqueeze(-1)).unsqueeze(-1)).sum(2)
+
+
 def switch_slot(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     """The one slot keeps its dimension until the mask."""
     out = torch.zeros_like(x)
@@ -248,7 +259,7 @@ def switch_slot(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return out
 
 
-_TOP_ONE = (switch, switch_added, switch_coordinates, switch_flat, switch_every_token)
+_TOP_ONE = (switch, switch_added, switch_coordinates, switch_flat, switch_every_token, switch_stacked)
 CASES: tuple[Case, ...] = (
     *(Case(loop) for loop in (coordinates, coordinates_as_rows, masks, nano_moe, slot_by_slot, one_hots)),
     *(Case(loop) for loop in (hot_coordinates, pairs_apart)),
@@ -257,4 +268,5 @@ CASES: tuple[Case, ...] = (
     *(Case(loop) for loop in (stacked_last_summed, stacked_gathered, stacked_matmul)),
     *(Case(loop, route=argmax_apart, top_k=1) for loop in _TOP_ONE),
     *(Case(loop, route=maximum, top_k=1, name=f"{loop.__name__}_max") for loop in _TOP_ONE),
+    Case(switch_slot, route=maximum_slot, top_k=1),
 )

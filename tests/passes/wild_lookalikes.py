@@ -120,6 +120,39 @@ def broadcast_first_token(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor
     return y.sum(1)
 
 
+def _one_slot(m: Layer, x: Tensor, ids: Tensor) -> Tensor:
+    h = F.gelu(torch.bmm(x.unsqueeze(1), m.experts.w_in[ids]))
+    return torch.bmm(h, m.experts.w_out[ids]).squeeze(1)
+
+
+def slots_weighed_crosswise(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for k in range(m.top_k):
+        out = out + _one_slot(m, x, ids[:, k]) * w[:, m.top_k - 1 - k, None]
+    return out
+
+
+def slots_weighed_alike(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """Every slot has the first one's weight."""
+    out = torch.zeros_like(x)
+    for k in range(m.top_k):
+        out = out + _one_slot(m, x, ids[:, k]) * w[:, :1]
+    return out
+
+
+def slots_of_wider_weights(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """The weights are the first K columns of more."""
+    out, more = torch.zeros_like(x), m.gate(x).softmax(-1)
+    for k in range(m.top_k):
+        out = out + _one_slot(m, x, ids[:, k]) * more[:, k, None]
+    return out
+
+
+def slot_added_twice(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    first = _one_slot(m, x, ids[:, 0]) * w[:, 0, None]
+    return torch.zeros_like(x) + first + first
+
+
 # -- every expert sees every token --------------------------------------------------------------------
 
 
@@ -254,6 +287,8 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     Lookalike(Case(kept_where_dropped, route=argmax_apart, top_k=1), apart=True),
     *(Lookalike(Case(loop, Einsums)) for loop in (einsum_of_another_token, einsum_of_other_slots)),
     *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (einsum_summed_too_early, broadcast_first_token)),
+    *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (slots_weighed_crosswise, slots_weighed_alike)),
+    *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (slots_of_wider_weights, slot_added_twice)),
     *(Lookalike(Case(loop)) for loop in (softmax_of_filled, softmax_of_experts)),
     Lookalike(Case(where_else, route=argmax_flat, top_k=1)),
     *(Lookalike(Case(loop)) for loop in (where_of_another, where_with_residual, two_numbers_a_token)),

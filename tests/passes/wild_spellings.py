@@ -114,6 +114,25 @@ def softmax_of_scattered(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def top_one_by_einsum(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    every = torch.stack([expert(x) for expert in m.experts])
+    return torch.einsum("te,etd->td", F.one_hot(ids, m.num_experts) * w[:, None], every)
+
+
+def top_one_stacked(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    every = torch.stack([expert(x) for expert in m.experts], dim=1)
+    gate = F.one_hot(ids, m.num_experts).to(w.dtype) * w.unsqueeze(1)
+    return (every * gate.unsqueeze(-1)).sum(1)
+
+
+def dropped_by_einsum(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """Half of the tokens have no expert: no number from 0 is -1."""
+    some = torch.where(ids > 1, ids, -1)
+    hot = (some.unsqueeze(-1) == torch.arange(m.num_experts)).to(w.dtype)
+    every = torch.stack([expert(x) for expert in m.experts])
+    return torch.einsum("te,etd->td", hot * w[:, None], every)
+
+
 def concatenated(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     dense = torch.zeros_like(m.gate(x)).scatter(1, ids, w)
     every = torch.cat([expert(x).unsqueeze(1) for expert in m.experts], dim=1)
@@ -356,7 +375,8 @@ CASES: tuple[Case, ...] = (
     Case(where_weighed),
     Case(mask_times_rows, route=maximum, top_k=1),
     *(Case(loop) for loop in (scores_at_chosen, litgpt, minimind, qwen_remote)),
-    Case(labml, route=maximum, top_k=1),
+    *(Case(loop, route=maximum, top_k=1) for loop in (labml, top_one_by_einsum, top_one_stacked)),
+    Case(dropped_by_einsum, route=maximum, top_k=1),
     Case(index_copy, route=argmax_flat, top_k=1),
     Case(masked_scatter),
     Case(jetmoe, StackedParameters, top_k_softmax),
