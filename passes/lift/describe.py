@@ -110,6 +110,7 @@ def _one_hot(lift: Lift, hot: values.OneHot) -> str:
 
 PHRASES: Mapping[type[Any], Callable[[Lift, Any], str]] = {
     values.Rows: _rows,
+    values.ExpertsLast: lambda lift, v: f"{_rows(lift, v.rows)}, the experts' dimension last",
     values.Parts: lambda lift, v: _several(lift, v.items),
     values.SortedIds: lambda lift, v: "the experts of the pairs, sorted",
     values.Permutation: lambda lift, v: _permutation(v.domain),
@@ -141,6 +142,9 @@ PHRASES: Mapping[type[Any], Callable[[Lift, Any], str]] = {
     ),
     values.MaskedWeights: lambda lift, v: f"the weights of pairs of {_of_expert(v.domain)}, else 0",
     values.PartialSum: lambda lift, v: f"each token's sum over {_visited(v.visits)}, width {v.width}",
+    values.SlotSum: lambda lift, v: (
+        f"each token's sum over {len(v.terms)} of its {v.slots} slots, width {v.width}"
+    ),
     values.DenseSum: lambda lift, v: (
         f"each token's sum over {_visited(v.visits)}, each run on every token, width {v.width}"
     ),

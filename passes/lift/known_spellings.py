@@ -71,6 +71,8 @@ def nearest(found: Value) -> tuple[Spelling, ...]:
     match found:
         case values.Rows() | values.Permutation() | values.TokenOf():
             return _of_rows(found.domain)
+        case values.ExpertsLast() | values.Combined():
+            return _of_rows(found.rows.domain)
         case values.OneHot(place=None, weight=None):
             return (LOOP, DENSE, CAPACITY)
         case values.OneHot(place=None) | values.MultiHot():
@@ -79,6 +81,8 @@ def nearest(found: Value) -> tuple[Spelling, ...]:
             return (CAPACITY,)
         case values.PartialSum():
             return (LOOP,)
+        case values.SlotSum():
+            return (GATHERED,)
         case values.PartialRows() | values.Count():
             return (LOOP, SEGMENTS)
         case values.DenseSum():

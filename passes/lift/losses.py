@@ -10,12 +10,14 @@ from torch.fx import Node
 from dsmoe_compiler.passes.lift.values import (
     Combined,
     DenseSum,
+    ExpertsLast,
     Filled,
     PartialRows,
     PartialSum,
     Range,
     Rows,
     Scratch,
+    SlotSum,
     Value,
 )
 
@@ -47,10 +49,12 @@ def most_telling(known: Iterable[tuple[Node, Value]]) -> tuple[Node, Value] | No
 
 
 def _told_by(found: Value) -> int:
-    if isinstance(found, (PartialSum, DenseSum, PartialRows)):
+    if isinstance(found, (PartialSum, DenseSum, PartialRows, SlotSum)):
         return 3
     if isinstance(found, Rows):
         return 1 if found.is_matrix else 2
+    if isinstance(found, ExpertsLast):
+        return 2
     return 0
 
 

@@ -9,7 +9,7 @@ from dsmoe_compiler.ir.graph import is_tensor
 from dsmoe_compiler.passes.lift import values
 from dsmoe_compiler.passes.lift.gather import is_pair_shaped
 from dsmoe_compiler.passes.lift.losses import Lost
-from dsmoe_compiler.passes.lift.state import Lift, operator_name
+from dsmoe_compiler.passes.lift.state import Lift, argument, operator_name
 from dsmoe_compiler.passes.lift.values import Everywhere, OneExpert, Pairs, Rows
 
 _PRODUCTS = frozenset(
@@ -33,6 +33,11 @@ _OF_OPERATOR: dict[tuple[str, str], str] = {
 }
 
 
+# By code, where the rows are those of one expert in a loop.
+_OF_LOOPS = {
+    "R402": "put or add an expert's rows at the tokens of the mask that they were read by",
+    "R407": "add the rows to what their tokens hold: out.index_add_(0, tokens, rows), or out[tokens] += rows",
+}
 # Where routing values met an operator that is not known, by what they are.
 _OF_ROUTING: dict[type, str] = {
     values.Permutation: "from the permutation take tokens as perm // K, weights as w.view(-1)[perm], and the "
@@ -56,6 +61,8 @@ def remedy_of(lift: Lift, lost: Lost, code: str) -> str:
         return _OF_ROUTING.get(type(found), REMEDIES[code])
     if code == "R301" and not lost.because and isinstance(found, Rows):
         return _of_rows(lift, lost.node, operator, found)
+    if isinstance(found, Rows) and isinstance(found.domain, OneExpert) and code in _OF_LOOPS:
+        return _OF_LOOPS[code]
     return _OF_OPERATOR.get((code, operator), REMEDIES[code])
 
 
@@ -66,6 +73,8 @@ def _of_rows(lift: Lift, node: Node, operator: str, rows: Rows) -> str:
             "bring what is in the pairs' own order into that of the sorted rows: index it with the "
             "permutation that sorted them"
         )
+    if _differ(lift, node, rows):
+        return "let rows meet only rows of the same pairs in the same order: one selection of ids and tokens"
     if operator in _PRODUCTS:
         return "multiply each row by the tensor of its own expert: W[ids] for pairs, grouped for sorted rows"
     if operator in _ADDS_ROWS:
@@ -74,6 +83,10 @@ def _of_rows(lift: Lift, node: Node, operator: str, rows: Rows) -> str:
         return _SUMS[type(domain)] if type(domain) in _SUMS else REMEDIES["R301"]
     if operator in _MOVES_ROWS:
         return "leave the rows in their order and whole: reshape, slice or transpose within a row only"
+    if _goes_across(node, rows):
+        return (
+            "keep the rows apart: the operator goes along a dimension that numbers them, not along the width"
+        )
     return REMEDIES["R301"]
 
 
@@ -82,6 +95,20 @@ _SUMS: dict[type, str] = {
     Everywhere: "sum over the experts, weighed by a matrix that is 0 away from the ids",
     OneExpert: "add an expert's rows to their own tokens: out.index_add_(0, tokens, rows)",
 }
+
+
+def _differ(lift: Lift, node: Node, rows: Rows) -> bool:
+    """Whether rows of other pairs, or in another order, meet these."""
+    others = [found for a in node.all_input_nodes if (found := lift.rows(a)) is not None]
+    return any(rows.domain.meet(other.domain) is None for other in others)
+
+
+def _goes_across(node: Node, rows: Rows) -> bool:
+    """Whether an operator along dimensions goes along one that numbers the rows."""
+    dims = argument(node, "dim") if hasattr(node.target, "_schema") else None
+    rank = rows.lead + len(rows.trail)
+    along = dims if isinstance(dims, (list, tuple)) else [dims]
+    return any(isinstance(dim, int) and dim % rank < rows.lead for dim in along)
 
 
 def _meets_pairs(lift: Lift, node: Node, domain: Pairs) -> bool:

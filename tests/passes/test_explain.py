@@ -117,6 +117,34 @@ def test_what_it_would_take(forward: Forward, remedy: str) -> None:
     assert "sorted, grouped GEMM" in [s.name for s in explanation.nearest]
 
 
+def _across_rows(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = refusals.route(m, x)
+    return refusals.combined(refusals.pairs(m, x, ids).cumsum(0), weights)
+
+
+def _along_the_width(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = refusals.route(m, x)
+    return refusals.combined(refusals.pairs(m, x, ids).cumsum(-1), weights)
+
+
+def _of_other_pairs(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = refusals.route(m, x)
+    return refusals.combined(refusals.pairs(m, x, ids) + refusals.pairs(m, x, ids.flip(1)), weights)
+
+
+@pytest.mark.parametrize(
+    ("forward", "remedy"),
+    [
+        (_across_rows, "keep the rows apart"),
+        (_along_the_width, "let an expert's rows pass only"),
+        (_of_other_pairs, "rows of the same pairs"),
+    ],
+)
+def test_what_it_would_take_where_rows_are_lost(forward: Forward, remedy: str) -> None:
+    _, explanation = explained(Layer(forward))
+    assert remedy in explanation.remedy
+
+
 def test_nothing_understood_has_no_nearest_spelling() -> None:
     _, explanation = explained(Layer(refusals.experts_choose))
     assert explanation.nearest == ()
@@ -141,7 +169,7 @@ def test_of_two_values_that_meet_the_one_that_was_lost_first() -> None:
 def test_values_named_in_the_reason_have_their_lines() -> None:
     refusal, explanation = explained(Layer(refusals.input_overwritten))
     (named,) = (m for m in explanation.moments if m.what.startswith("%"))
-    assert named.what in refusal.because and named.lines[-1].text.startswith("return self.way(")
+    assert named.what in refusal.because and named.lines[-1].text.startswith("y = self.way(")
 
 
 def test_helper_functions_are_named() -> None:
