@@ -50,9 +50,9 @@ _MATRICES = frozenset(
     for name in (
         *("one_hot", "to", "_to_copy", "t", "transpose", "permute", "unsqueeze", "view", "reshape"),
         *("select", "mul", "sum", "type_as", "expand", "contiguous", "sigmoid", "einsum", "softmax"),
-        *("_softmax", "div", "where", "masked_fill"),
+        *("_softmax", "div", "where", "masked_fill", "slice"),
     )
-)
+) | {"getitem"}
 _JOINS = ("aten::cat", "aten::concat", "aten::stack")
 _SELECTORS = frozenset({"aten::topk", "aten::argmax", "aten::max"})
 

@@ -1,10 +1,15 @@
 """Layers as code outside of libraries writes them, flattened and not, become the op; lookalikes do not."""
 
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from tests.passes import apart, wild_spellings
+from dsmoe_compiler.passes.lift import dense
+from tests.passes import apart, wild_lookalikes, wild_spellings
 from tests.passes.checks import assert_same, compiled, only_layer
 from tests.passes.loops import Case, D, E, Layer, layer
 from tests.passes.wild_lookalikes import LOOKALIKES, Lookalike
@@ -57,3 +62,11 @@ def test_lookalikes_run_as_eager(lookalike: Lookalike) -> None:
     assert any(found.fused for found in program.report.layers) is lookalike.fuses
     assert_same(program, made, INPUTS)
     assert_same(program, made, on_few_experts(made))
+
+
+@pytest.mark.parametrize(
+    "shown", [wild_spellings.softmax_before_all, dense.softmax, wild_lookalikes.softmax_of_filled]
+)
+def test_the_page_on_adding_a_spelling_shows_what_is_there(shown: Callable[..., object]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "adding-a-spelling.md"
+    assert inspect.getsource(shown).rstrip() in page.read_text()

@@ -114,6 +114,17 @@ def softmax_of_scattered(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def softmax_before_all(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """The same weights, and every expert on every token."""
+    logits = m.gate(x)
+    top, at = logits.topk(m.top_k, dim=-1)
+    dense = torch.full_like(logits, float("-inf")).scatter(-1, at, top).softmax(dim=-1)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        out = out + dense[:, e, None] * expert(x)
+    return out
+
+
 def top_one_by_einsum(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     every = torch.stack([expert(x) for expert in m.experts])
     return torch.einsum("te,etd->td", F.one_hot(ids, m.num_experts) * w[:, None], every)
@@ -369,7 +380,16 @@ CASES: tuple[Case, ...] = (
     Case(gathered_columns, Einsums),
     Case(gathered_by_slot, EinsumsTransposed),
     Case(all_by_einsum, Einsums),
-    *(Case(loop) for loop in (softmax_of_scattered, concatenated, stacked_last, stacked_times_column)),
+    *(
+        Case(loop)
+        for loop in (
+            softmax_of_scattered,
+            softmax_before_all,
+            concatenated,
+            stacked_last,
+            stacked_times_column,
+        )
+    ),
     *(Case(loop) for loop in (row_times_stacked, stacked_indexed, stacked_first_indexed, summed)),
     Case(where_added, route=argmax_flat, top_k=1),
     Case(where_weighed),
