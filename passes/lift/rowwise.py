@@ -353,7 +353,7 @@ def transpose(lift: Lift, node: Node) -> Value | None:
     else:
         order[-2:] = order[:-3:-1]
     swaps = rows.lead >= 2 and order == [1, 0, *range(2, rank)]
-    if swaps and isinstance(rows.domain, GRIDS):
+    if swaps and isinstance(rows.domain, GRIDS) and rows.domain.axis < 2:
         return rows.like(rows.term, domain=replace(rows.domain, axis=1 - rows.domain.axis))
     if order[: rows.lead] != list(range(rows.lead)):
         return None

@@ -239,6 +239,21 @@ def groups_of_tokens(layer: Layer, x: Tensor) -> Tensor:
     return torch.einsum("ebcd,bsec->bsd", out, combine)
 
 
+def groups_by_einsum(layer: Layer, x: Tensor) -> Tensor:
+    """The five products of GShard's algorithm 1, top-1."""
+    scores = torch.einsum("gsm,me->gse", x, layer.gate.weight.t()).softmax(-1)
+    gates, ids = scores.max(-1)
+    mask = F.one_hot(ids, EXPERTS)
+    places = mask.cumsum(1) - 1
+    mask = mask * (places < CAPACITY)
+    own = F.one_hot((places * mask).sum(-1), CAPACITY)
+    combine = torch.einsum("gs,gse,gsc->gsec", gates, mask.float(), own.float())
+    rows = torch.einsum("gsec,gsm->egcm", (combine > 0).float(), x)
+    rows = torch.einsum("egcm,emh->egch", rows, layer.up).relu()
+    rows = torch.einsum("egch,ehm->gecm", rows, layer.down)
+    return torch.einsum("gsec,gecm->gsm", combine, rows)
+
+
 SPELLINGS: list[Dispatched] = [
     choices_first,
     tokens_first,
@@ -251,6 +266,7 @@ SPELLINGS: list[Dispatched] = [
     second_if_worth_it,
     masked_scores,
     groups_of_tokens,
+    groups_by_einsum,
 ]
 
 
@@ -434,6 +450,15 @@ def groups_counted_together(layer: Layer, x: Tensor) -> Tensor:
     return torch.einsum("ebcd,bsec->bsd", out, combine)
 
 
+def groups_turned(layer: Layer, x: Tensor) -> Tensor:
+    """Groups and slots change places between dispatch and combine: only where they are as many."""
+    combine = _of_sequences(layer, x, lambda first: first.sum(-2, keepdim=True))
+    rows = torch.einsum("bsd,bsec->ebcd", x, combine.bool().to(combine))
+    out = torch.einsum("ebcm,emh->ebch", rows, layer.up).relu()
+    out = torch.einsum("ebch,ehm->ebcm", out, layer.down)
+    return torch.einsum("ebcd,bsec->bsd", out.transpose(1, 2), combine)
+
+
 def groups_swapped(layer: Layer, x: Tensor) -> Tensor:
     """A sequence's slots are read as the next one's."""
     combine = _of_sequences(layer, x, lambda first: first.sum(-2, keepdim=True))
@@ -443,7 +468,10 @@ def groups_swapped(layer: Layer, x: Tensor) -> Tensor:
     return torch.einsum("ebcd,bsec->bsd", out, combine)
 
 
-GROUPED = (groups_of_tokens, groups_share_slots, groups_counted_together, groups_swapped)
+GROUPED = (
+    *(groups_of_tokens, groups_by_einsum, groups_share_slots, groups_counted_together, groups_swapped),
+    groups_turned,
+)
 LOOKALIKES: list[Dispatched] = [
     late_pairs_share_the_last,
     combined_where_not_dispatched,

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from tests.passes.capacity import CAPACITY, EXPERTS, LOOKALIKES, SPELLINGS, WIDTH, Dispatched, Layer
+from tests.passes.capacity import (
+    CAPACITY,
+    EXPERTS,
+    LOOKALIKES,
+    SPELLINGS,
+    WIDTH,
+    Dispatched,
+    Layer,
+    groups_turned,
+)
 from tests.passes.checks import assert_same, compiled, only_layer
 
 # From a token alone to many more than there are slots for.
@@ -54,7 +63,15 @@ def test_sizes_that_coincide(dispatched: Dispatched, tokens: int) -> None:
     assert_same(program, layer, [torch.randn(1, tokens, WIDTH) for _ in range(3)])
 
 
-@pytest.mark.parametrize("lookalike", LOOKALIKES, ids=lambda f: f.__name__)
+def test_groups_and_slots_of_one_size() -> None:
+    layer = Layer(groups_turned)
+    program = compiled(layer, (CAPACITY, 5), verify="off", dynamic_shapes=None)
+    assert_same(program, layer, [torch.randn(CAPACITY, 5, WIDTH)])
+
+
+@pytest.mark.parametrize(
+    "lookalike", [f for f in LOOKALIKES if f is not groups_turned], ids=lambda f: f.__name__
+)
 def test_a_lookalike_is_refused(lookalike: Dispatched) -> None:
     layers = compiled(Layer(lookalike)).report.layers
     assert layers and all(found.refusal is not None and found.refusal.source for found in layers)
