@@ -38,6 +38,7 @@ from dsmoe_compiler.passes.lift import (
     coordinates,
     dense,
     every_expert,
+    folded,
     experts_last,
     gather,
     gathered,
@@ -93,6 +94,7 @@ _FAMILIES = (
     combine.RULES,
     along_width.RULES,
     rowwise.RULES,
+    folded.RULES,
 )
 RULES: dict[str, tuple[Rule, ...]] = {
     name: tuple(rule for family in _FAMILIES for rule in family.get(name, ()))

@@ -53,6 +53,11 @@ OPERATORS: dict[str, Operator] = {
     "minimum": Operator(2, commutes=True),
     "maximum": Operator(2, commutes=True),
     "concat": Operator(2),
+    "power": Operator(2),
+    "add_scaled": Operator(2, ("alpha",)),
+    "lerp": Operator(3),
+    "addcmul": Operator(3, ("value",)),
+    "addcdiv": Operator(3, ("value",)),
     # Pointwise.
     "neg": Operator(1),
     "abs": Operator(1),
@@ -68,6 +73,7 @@ OPERATORS: dict[str, Operator] = {
     "reciprocal": Operator(1),
     "sin": Operator(1),
     "cos": Operator(1),
+    "atan": Operator(1),
     "erf": Operator(1),
     "tanh": Operator(1),
     "sigmoid": Operator(1),
@@ -80,13 +86,14 @@ OPERATORS: dict[str, Operator] = {
     "hardsigmoid": Operator(1),
     "gelu": Operator(1),
     "gelu_tanh": Operator(1),
-    "softplus": Operator(1),
+    "softplus": Operator(1, ("beta", "threshold")),
     "leaky_relu": Operator(1, ("negative_slope",)),
     "elu": Operator(1, ("alpha", "scale", "input_scale")),
     "celu": Operator(1, ("alpha",)),
     "threshold": Operator(1, ("threshold", "value")),
     "softshrink": Operator(1, ("lambd",)),
     "hardshrink": Operator(1, ("lambd",)),
+    "nan_to_num": Operator(1, ("nan", "posinf", "neginf")),
     "pow": Operator(1, ("exponent",)),
     "clamp": Operator(1, ("min", "max")),
     "cast": Operator(1, ("dtype",)),
@@ -117,6 +124,7 @@ OPERATORS: dict[str, Operator] = {
     "log_softmax": Operator(1),
     # A weight of 1 and a bias of 0 are none.
     "layer_norm": Operator(3, ("eps",)),
+    "group_norm": Operator(3, ("groups", "eps")),
     "rms_norm": Operator(2, ("eps",)),
 }
 LEAVES = frozenset({"token", "pair", "expert", "own", "shared"})

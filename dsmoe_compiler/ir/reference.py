@@ -24,6 +24,12 @@ def _layer_norm(a: Tensor, weight: Operand, bias: Operand, eps: float) -> Tensor
     return (F.layer_norm(wide, a.shape[-1:], eps=eps) * weight + bias).to(a.dtype)
 
 
+def _group_norm(a: Tensor, weight: Operand, bias: Operand, groups: int, eps: float) -> Tensor:
+    """`aten.group_norm` of rows, their width in groups, rounded to a's dtype once."""
+    wide = a.to(torch.promote_types(a.dtype, torch.float32))
+    return (F.group_norm(wide, groups, eps=eps) * weight + bias).to(a.dtype)
+
+
 def _rms_norm(a: Tensor, weight: Operand, eps: float | None) -> Tensor:
     """`aten.rms_norm` over the width, rounded to a's dtype once; without an eps, that of the wider dtype."""
     wide = a.to(torch.promote_types(a.dtype, torch.float32))
@@ -41,6 +47,11 @@ _TORCH: dict[str, Callable[..., Operand]] = {
     "div": torch.div,
     "minimum": torch.minimum,
     "maximum": torch.maximum,
+    "power": torch.pow,
+    "add_scaled": lambda a, b, alpha: torch.add(a, b, alpha=alpha),
+    "lerp": torch.lerp,
+    "addcmul": lambda a, b, c, value: torch.addcmul(a, b, c, value=value),
+    "addcdiv": lambda a, b, c, value: torch.addcdiv(a, b, c, value=value),
     "concat": lambda a, b: torch.cat([a, b], -1),
     "neg": torch.neg,
     "abs": torch.abs,
@@ -56,6 +67,7 @@ _TORCH: dict[str, Callable[..., Operand]] = {
     "reciprocal": torch.reciprocal,
     "sin": torch.sin,
     "cos": torch.cos,
+    "atan": torch.atan,
     "erf": torch.erf,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
@@ -75,6 +87,7 @@ _TORCH: dict[str, Callable[..., Operand]] = {
     "threshold": F.threshold,
     "softshrink": F.softshrink,
     "hardshrink": F.hardshrink,
+    "nan_to_num": torch.nan_to_num,
     "pow": torch.pow,
     "clamp": torch.clamp,
     "cast": lambda a, dtype: a.to(getattr(torch, dtype)),
@@ -102,6 +115,7 @@ _TORCH: dict[str, Callable[..., Operand]] = {
     "softmax": lambda a: a.softmax(-1),
     "log_softmax": lambda a: a.log_softmax(-1),
     "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
     "rms_norm": _rms_norm,
 }
 

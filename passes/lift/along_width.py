@@ -99,12 +99,30 @@ def rms_norm(lift: Lift, node: Node) -> Value | None:
     return _normed(lift, node, "rms_norm", (("weight", 1),))
 
 
+def group_norm(lift: Lift, node: Node) -> Value | None:
+    """group_norm of rows (n, F): the width, in groups."""
+    rows = lift.rows(node.args[0])
+    if rows is None or (rows.lead, rows.trail) != (1, (rows.width,)):
+        return None
+    found = _affine(lift, node, rows, (("weight", 1), ("bias", 0)))
+    numbers = argument(node, "num_groups"), argument(node, "eps")
+    return None if found is None else rows.like(lift.terms.number("group_norm", found, numbers))
+
+
 def _normed(lift: Lift, node: Node, op: str, vectors: tuple[tuple[str, int], ...]) -> Value | None:
     rows, width = lift.rows(node.args[0]), argument(node, "normalized_shape")
     if rows is None or rows.is_matrix or not rows.trail or list(width) != [rows.width]:
         return None
     if rows.trail[-1] != rows.width:
         return None
+    found = _affine(lift, node, rows, vectors)
+    return None if found is None else rows.like(lift.terms.number(op, found, (argument(node, "eps"),)))
+
+
+def _affine(
+    lift: Lift, node: Node, rows: Rows, vectors: tuple[tuple[str, int], ...]
+) -> tuple[int, ...] | None:
+    """The rows' term and those of a norm's vectors, a number where there is none."""
     terms = [rows.term]
     for name, absent in vectors:
         given = argument(node, name)
@@ -115,7 +133,7 @@ def _normed(lift: Lift, node: Node, op: str, vectors: tuple[tuple[str, int], ...
         if vector is None or vector.width != rows.width:
             return None
         terms.append(vector.term)
-    return rows.like(lift.terms.number(op, tuple(terms), (argument(node, "eps"),)))
+    return tuple(terms)
 
 
 def _reduced(lift: Lift, node: Node, rows: Rows, op: str, attrs: tuple[int | float, ...] = ()) -> Rows | None:
@@ -158,5 +176,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::expand": (widen,),
     "aten::expand_as": (widen,),
     "aten::layer_norm": (layer_norm,),
+    "aten::group_norm": (group_norm,),
     "aten::rms_norm": (rms_norm,),
 }

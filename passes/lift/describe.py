@@ -73,7 +73,10 @@ def of_weights_alone(lift: Lift, rows: Rows) -> bool:
 
 def _tensors(lift: Lift) -> Mapping[str, str]:
     """What experts' parameters are called, by the names that terms have for them."""
-    one = {name: lift.graph.parameter(node) or name for name, node in {**lift.params, **lift.own}.items()}
+    one = {
+        name: lift.graph.parameter(node) or name
+        for name, node in {**lift.params, **lift.own, **lift.shared}.items()
+    }
     packs = {name: lift.graph.parameter(parts[0]) or name for name, parts in lift.packs.items()}
     return {name: _short(dotted) for name, dotted in {**one, **packs}.items()}
 
@@ -118,6 +121,7 @@ PHRASES: Mapping[type[Any], Callable[[Lift, Any], str]] = {
     values.TokenOf: lambda lift, v: _tokens(v.domain),
     values.SlotOf: lambda lift, v: f"the slots in which tokens chose {_of_expert(v.domain)}",
     values.Along: lambda lift, v: f"where {_tokens(v.domain)} lie along dimension {v.axis}",
+    values.Folded: lambda lift, v: _rows(lift, v.rows),
     values.Counts: lambda lift, v: f"how many pairs each of {v.experts} experts has",
     values.Offsets: lambda lift, v: f"where each of {v.experts} experts' rows end among the sorted",
     values.OneHot: _one_hot,

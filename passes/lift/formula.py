@@ -32,6 +32,8 @@ def _leaf_names(terms: Terms, term: int, tensors: Mapping[str, str]) -> dict[int
         step = terms.steps[at]
         if step.op in ("expert", "own"):
             names[at] = tensors.get(str(step.attrs[0]), "?") + "_e"
+        elif step.op == "shared":
+            names[at] = tensors.get(str(step.attrs[0]), "?")
         elif step.op in _LEAVES:
             letter = _LEAVES[step.op]
             count[letter] = count.get(letter, 0) + 1

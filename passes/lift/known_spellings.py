@@ -91,6 +91,8 @@ def nearest(found: Value) -> tuple[Spelling, ...]:
             return next((nearest(item) for item in found.items if item is not None), ())
         case values.Spread():
             return nearest(found.at)
+        case values.Folded():
+            return nearest(found.rows)
     if isinstance(found, _OF_LOOPS):
         return (LOOP,)
     if isinstance(found, _OF_COLUMNS):

@@ -147,6 +147,32 @@ def _matrix(lift: Lift, rows: Rows, weight: Node) -> tuple[int, tuple[int, ...],
     return lift.share(matrix), (outer, inner), flipped
 
 
+def einsum_of_rows(lift: Lift, node: Node) -> Value | None:
+    """einsum("nd,fd->nf", rows, W): as `linear`, the matrix either way around."""
+    operands = argument(node, "tensors")
+    inputs, arrow, out = str(argument(node, "equation")).replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if len(operands) != 2 or not arrow or not inputs.replace(",", "").isalpha():
+        return None
+    at = 0 if lift.rows(operands[0]) is not None else 1
+    rows, weight = lift.rows(operands[at]), operands[1 - at]
+    ours, matrix = names[at], names[1 - at]
+    if rows is None or len(rows.trail) != 1 or len(matrix) != 2 or len(ours) != rows.lead + 1:
+        return None
+    inner = ours[-1]
+    outer = matrix.replace(inner, "")
+    if len(set(ours)) != len(ours) or len(outer) != 1 or outer in ours or out != ours[:-1] + outer:
+        return None
+    found = _matrix(lift, rows, weight)
+    if found is None:
+        return None
+    leaf, sizes, flipped = found
+    transposed = matrix == outer + inner
+    width = sizes[(0 if transposed else 1) ^ flipped]
+    op = "linear" if transposed != flipped else "matmul"
+    return rows.like(lift.terms.number(op, (rows.term, leaf)), (width,))
+
+
 def einsum(lift: Lift, node: Node) -> Value | None:
     """einsum of every token with every expert's matrix: "td,edf->etf", "etf,efd->etd", "…->te…" likewise."""
     operands = argument(node, "tensors")
@@ -210,5 +236,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::mm": (linear,),
     "aten::addmm": (linear,),
     "aten::matmul": (linear, batched),
-    "aten::einsum": (einsum,),
+    "aten::einsum": (einsum_of_rows, einsum),
 }

@@ -19,27 +19,18 @@ from dsmoe_compiler.passes.lift.values import GRIDS, OneExpert, Pairs, Parts, Ro
 UNARY = {
     f"aten::{name}": name
     for name in (
-        *(
-            "neg",
-            "abs",
-            "sign",
-            "exp",
-            "exp2",
-            "expm1",
-            "log",
-            "log2",
-            "log1p",
-            "sqrt",
-            "rsqrt",
-            "reciprocal",
-        ),
-        *("sin", "cos", "erf", "tanh", "sigmoid", "log_sigmoid", "relu", "silu", "mish", "selu", "hardswish"),
-        "hardsigmoid",
+        *("neg", "abs", "sign", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt"),
+        *("reciprocal", "sin", "cos", "atan", "erf", "tanh", "sigmoid", "log_sigmoid", "relu", "silu"),
+        *("mish", "selu", "hardswish", "hardsigmoid"),
     )
 }
 WITH_NUMBERS = {
-    f"aten::{name}": name for name in ("leaky_relu", "elu", "celu", "threshold", "softshrink", "hardshrink")
+    f"aten::{name}": name
+    for name in (
+        *("leaky_relu", "elu", "celu", "threshold", "softshrink", "hardshrink", "softplus", "nan_to_num"),
+    )
 }
+THREE = {"aten::addcmul": "addcmul", "aten::addcdiv": "addcdiv"}
 BINARY = {
     "aten::add": "add",
     "aten::sub": "sub",
@@ -89,21 +80,15 @@ def with_numbers(lift: Lift, node: Node) -> Value | None:
     if rows is None:
         return None
     numbers = [argument(node, name) for name in OPERATORS[op].attrs]
-    return _applied(lift, rows, op, tuple(numbers)) if all(map(_is_number, numbers)) else None
-
-
-def softplus(lift: Lift, node: Node) -> Value | None:
-    """softplus with its default knee."""
-    rows = lift.rows(node.args[0])
-    default = argument(node, "beta") == 1 and argument(node, "threshold") == 20
-    return _applied(lift, rows, "softplus") if rows and default else None
+    known = all(n is None or _is_number(n) for n in numbers)
+    return _applied(lift, rows, op, tuple(numbers)) if known else None
 
 
 def power(lift: Lift, node: Node) -> Value | None:
-    """rows ** number."""
+    """rows ** number, number ** rows, rows ** rows."""
     rows, exponent = lift.rows(node.args[0]), node.args[1]
     if rows is None or not isinstance(exponent, (int, float)):
-        return None
+        return joined(lift, node, "power", node.args)
     return _applied(lift, rows, "pow", (exponent,))
 
 
@@ -145,10 +130,26 @@ def cast(lift: Lift, node: Node) -> Value | None:
 
 def binary(lift: Lift, node: Node) -> Value | None:
     """Two operands: rows, numbers, routing weights, vectors of the experts."""
-    op = BINARY[operator_name(node)]
-    if argument(node, "alpha", 1) != 1 or argument(node, "rounding_mode"):
+    op, alpha = BINARY[operator_name(node)], argument(node, "alpha", 1)
+    if argument(node, "rounding_mode"):
         return None
-    return joined(lift, node, op, node.args[:2])
+    if alpha == 1:
+        return joined(lift, node, op, node.args[:2])
+    return None if op != "add" else joined(lift, node, "add_scaled", node.args[:2], (alpha,))
+
+
+def extreme_of_two(lift: Lift, node: Node) -> Value | None:
+    """max(rows, rows), min(rows, rows)."""
+    if len(node.args) != 2 or not is_tensor(node.args[1]):
+        return None
+    return joined(lift, node, "maximum" if operator_name(node) == "aten::max" else "minimum", node.args)
+
+
+def of_three(lift: Lift, node: Node) -> Value | None:
+    """addcmul, addcdiv, lerp."""
+    if operator_name(node) == "aten::lerp":
+        return joined(lift, node, "lerp", node.args)
+    return joined(lift, node, THREE[operator_name(node)], node.args[:3], (argument(node, "value"),))
 
 
 def truth(lift: Lift, node: Node) -> Value | None:
@@ -265,7 +266,7 @@ def concatenate(lift: Lift, node: Node) -> Value | None:
 
 def copy(lift: Lift, node: Node) -> Value | None:
     """clone, contiguous, dropout that does nothing."""
-    if operator_name(node) == "aten::dropout" and argument(node, "train") and argument(node, "p"):
+    if "dropout" in operator_name(node) and argument(node, "train") and argument(node, "p"):
         return None
     return lift.rows(node.args[0])
 
@@ -400,10 +401,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::relu6": (hardtanh,),
     "aten::rsub": (reversed_sub,),
     "aten::gelu": (gelu,),
-    "aten::softplus": (softplus,),
+    "aten::max": (extreme_of_two,),
+    "aten::min": (extreme_of_two,),
+    "aten::lerp": (of_three,),
+    **{name: (of_three,) for name in THREE},
     "aten::pow": (power,),
     "aten::square": (square,),
     "aten::clamp": (clamp,),
+    "aten::clip": (clamp,),
     "aten::clamp_min": (clamp,),
     "aten::clamp_max": (clamp,),
     "aten::to": (cast,),
@@ -418,6 +423,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten::detach": (copy,),
     "aten::contiguous": (copy,),
     "aten::dropout": (copy,),
+    "aten::alpha_dropout": (copy,),
     "aten::view": (view,),
     "aten::reshape": (view,),
     "aten::_unsafe_view": (view,),

@@ -154,6 +154,15 @@ class ExpertsLast:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """Rows whose width is seen as `outer` parts of `inner` numbers each."""
+
+    rows: Rows
+    outer: int
+    inner: int
+
+
+@dataclass(frozen=True)
 class Parts:
     """Several values of one node, picked by getitem."""
 
@@ -529,6 +538,7 @@ class Combined:
 Value: TypeAlias = (
     Rows
     | ExpertsLast
+    | Folded
     | Parts
     | SortedIds
     | Permutation

@@ -122,6 +122,33 @@ def by_parts(x: Tensor, p: Given) -> Tensor:
     return p.gemm("down", torch.cat([F.relu(c), torch.tanh(a), F.mish(b)], dim=-1))
 
 
+def cut_by_views(x: Tensor, p: Given) -> Tensor:
+    """Gate and up one after the other, then taking turns, told apart by views of the width."""
+    h = p.gemm("up", x)
+    gate, up = h.view(*h.shape[:-1], 2, HIDDEN).unbind(-2)
+    h = torch.cat([F.silu(gate) * up, gate], dim=-1).reshape(*h.shape[:-1], HIDDEN, 2)
+    return p.gemm("down", h[..., 0] * h[..., 1].sigmoid())
+
+
+def by_einsum(x: Tensor, p: Given) -> Tensor:
+    h = p.gemm("first", x)
+    letters = "zyx"[: h.dim() - 1]
+    h = torch.einsum(f"{letters}f,gf->{letters}g", F.relu(h), p.shared["project"])
+    return p.gemm("down", torch.einsum(f"fg,{letters}f->{letters}g", p.shared["turned"], h))
+
+
+def of_several_operands(x: Tensor, p: Given) -> Tensor:
+    h = p.gemm("first", x)
+    h = torch.lerp(h, torch.addcmul(h, h, p.vector("scale"), value=0.5), 0.3)
+    return p.gemm("down", torch.add(h, torch.max(h, -h), alpha=0.3) + 2 ** h.clip(-1, 1))
+
+
+def in_groups(x: Tensor, p: Given) -> Tensor:
+    """The groups' norm counts its dimensions: rows must have one."""
+    h = p.gemm("first", x)
+    return p.gemm("down", F.group_norm(h, 3, p.shared["hidden"])) if h.dim() == 2 else p.gemm("down", h)
+
+
 def chosen_by_sign(x: Tensor, p: Given) -> Tensor:
     h = p.gemm("first", x)
     h = torch.where((h > 0.1) & ~(h >= 2), h, h * p.shared["slope"])
@@ -175,6 +202,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sine": lambda h: torch.sin(h) * torch.cos(h),
     "sign": lambda h: torch.sign(h) * h,
     "squared relu": lambda h: F.relu(h).square(),
+    "arc tangent": torch.atan,
+    "softplus": lambda h: F.softplus(h, beta=2.0, threshold=1.0),
+    "not a number": lambda h: torch.log(h).nan_to_num(-1.0),
     "power of two": lambda h: torch.exp2(h) + torch.log2(h.abs() + 1),
 }
 BODIES: tuple[BodyFunction, ...] = (
@@ -191,6 +221,10 @@ BODIES: tuple[BodyFunction, ...] = (
     log_normalized,
     gated_linear_unit,
     by_parts,
+    cut_by_views,
+    by_einsum,
+    of_several_operands,
+    in_groups,
     chosen_by_sign,
     projected_by_all,
     in_wider_numbers,
@@ -241,6 +275,18 @@ def cumulated(x: Tensor, p: Given) -> Tensor:
     return p.gemm("down", p.gemm("first", x).cumsum(-2))
 
 
+def turned(x: Tensor, p: Given) -> Tensor:
+    """The rows' numbers read column by column."""
+    h = p.gemm("first", x)
+    return p.gemm("down", h.transpose(-1, -2).reshape(h.shape))
+
+
+def largest_of_each_pair(x: Tensor, p: Given) -> Tensor:
+    """Half as many numbers a row, each the larger of two: no operator along the width says that."""
+    h = p.gemm("up", x)
+    return p.gemm("down", h.view(*h.shape[:-1], HIDDEN, 2).amax(-1))
+
+
 NO_BODIES: tuple[BodyFunction, ...] = (
     over_the_rows,
     softmax_over_the_rows,
@@ -250,6 +296,8 @@ NO_BODIES: tuple[BodyFunction, ...] = (
     norm_of_all,
     less_all_rows,
     cumulated,
+    turned,
+    largest_of_each_pair,
 )
 
 
