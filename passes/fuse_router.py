@@ -81,9 +81,9 @@ def _fused(graph: ProgramGraph, node: Node) -> tuple[Node, MoESpec, tuple[Node, 
     found = _Reading(graph, x).read(ids, weights)
     experts = parse(str(text), ExpertsSpec)
     if not same_size(shape(found.weight)[0], experts.count):
-        raise _Unknown("R201", "the router scores another number of experts than there are", node)
+        raise _Unknown("R204", "the router scores another number of experts than there are", node)
     if not same_size(shape(ids)[-1], found.spec.top_k):
-        raise _Unknown("R201", "a token's experts come from more than one top-k", node)
+        raise _Unknown("R204", "a token's experts come from more than one top-k", node)
     router = [t for t in (found.weight, found.bias, found.selection_bias) if t is not None]
     if (written := first_overwritten(graph, x, (ids, weights, *router))) is not None:
         raise _Unknown("R408", f"the router reads %{written.name}, which is overwritten in place", written)
@@ -120,7 +120,7 @@ class _Reading:
             return self._after_top_k(weights, top, ranked, k, scale, renormalize, epsilon, weight_dtype)
         scores = self._selected_scores(weights, ids, top)
         if not same_size(shape(ranked)[-1], shape(scores)[-1]):
-            raise _Unknown("R201", "top-k does not rank all the experts of a token together", top)
+            raise _Unknown("R204", "top-k does not rank all the experts of a token together", top)
         ranked, groups = self._ungroup(ranked, scores)
         ranked, bias = self._unbias(ranked, scores)
         if through(ranked, RESHAPES) is not through(scores, RESHAPES):
@@ -179,7 +179,7 @@ class _Reading:
             raise _Unknown("R201", f"the ids come from {picked.target}, not from a top-k", picked)
         last = len(shape(_node(top.args[0]))) - 1
         if argument(top, "dim") % (last + 1) != last or not argument(top, "largest"):
-            raise _Unknown("R201", "top-k does not take the largest along the experts", top)
+            raise _Unknown("R204", "top-k does not take the largest along the experts", top)
         return top, int(argument(top, "k"))
 
     def _uncast(self, node: Node) -> tuple[Node, str | None]:

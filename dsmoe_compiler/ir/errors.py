@@ -15,6 +15,7 @@ CODES: dict[str, str] = {
     "R201": "the router's weights or ids do not come from top-k scores of known form",
     "R202": "the router reads another tensor than its experts",
     "R203": "validation: the fused router gives other numbers than the one it replaces",
+    "R204": "the router's top-k does not take the best of all the layer's experts",
     "R301": "the experts' computation leaves the known term language",
     "R302": "the layer's weights are not all indexed by the same experts",
     "R303": "the experts of one layer read different inputs",
@@ -54,6 +55,8 @@ REMEDIES: dict[str, str] = {
     "select by one top-k over all experts, and weigh by the selected scores",
     "R202": "the experts are fused all the same; to fuse the router too, let it read what its experts read",
     "R203": _A_DEFECT,
+    "R204": "the experts are fused all the same; to fuse the router too, let one top-k take the largest "
+    "along the last dimension, over as many scores as there are experts",
     "R301": "let an expert's rows pass only what works on each row alone: linear maps by its expert's "
     "tensors, pointwise operators, slices and concatenations of the width, the mean over the width",
     "R302": "let the rows of an expert meet the tensors of that expert, of as many experts as there are",

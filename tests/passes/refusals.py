@@ -136,6 +136,11 @@ def routes_by_another_input(m: Layer, x: Tensor) -> Tensor:
     return combined(pairs(m, x, ids), weights)
 
 
+def smallest_scores(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = F.linear(x, m.gate).softmax(-1).topk(K, largest=False)
+    return combined(pairs(m, x, ids), weights)
+
+
 # -- the experts -------------------------------------------------------------------------------------
 
 
@@ -341,6 +346,7 @@ PROVOKED: tuple[Provoked, ...] = (
     Provoked("R201", scores_by_tanh),
     Provoked("R202", routes_by_another_input),
     Provoked("R203", as_it_should_be, "fuse_router", wrong_scale),
+    Provoked("R204", smallest_scores),
     Provoked("R301", rows_meet_each_other),
     Provoked("R302", another_number_of_biases),
     Provoked("R303", two_inputs),
