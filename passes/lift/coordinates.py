@@ -55,8 +55,11 @@ def located(lift: Lift, indices: Sequence[Node], target: Node) -> Located | None
         case [Mask() as mask]:
             if dtype(indices[0]) != torch.bool:
                 return None  # 0 and 1 are rows
-            domain = listed(mask) if listing(mask) != "KT" else None
-            return Located(domain, listing(mask) != "T", shape(indices[0])) if domain else None
+            pairs = listing(mask) != "T"
+            if pairs and (listing(mask) == "KT" or "1" in mask.axes):
+                return None
+            domain = listed(mask)
+            return Located(domain, pairs, shape(indices[0])) if domain else None
         case [Permutation(domain=OneExpert() as domain)]:
             return Located(domain, pairs=True, sizes=(count_tokens(domain.ids) * domain.slots,))
         case [TokenOf(domain=OneExpert() as domain), *rest]:

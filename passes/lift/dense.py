@@ -166,6 +166,7 @@ def choose(lift: Lift, node: Node) -> Value | None:
             continue
         if not _same(shape(node)[:-1], token_sizes(found.ids)):
             continue
+        require_distinct(found.ids)
         leaf = lift.pair(PairSource(other, found.ids, matrix=True, fill=0.0))
         return Rows(Everywhere(found.experts, rank - 1), leaf, rank, ())
     return None

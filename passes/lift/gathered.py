@@ -28,7 +28,7 @@ def einsum(lift: Lift, node: Node) -> Value | None:
     matrix, rows, many, few = found[at], found[1 - at], names[at], names[1 - at]
     assert matrix is not None
     pairs, wide = many[: matrix.lead], many[matrix.lead :]
-    if not isinstance(matrix.domain, Pairs) or len(set(many)) != len(many) or len(wide) != 2:
+    if not _own_order(matrix) or len(set(many)) != len(many) or len(wide) != 2:
         return None
     inner = few[-1]
     outer = wide[0] if inner == wide[1] else wide[1]
@@ -53,10 +53,10 @@ def broadcast(lift: Lift, node: Node) -> Value | None:
             continue
         gathered = node.args[at]
         assert isinstance(gathered, Node)
-        if not isinstance(matrix.domain, Pairs) or len(shape(x)) != matrix.lead + 2:
+        if not _own_order(matrix) or len(shape(x)) != matrix.lead + 2:
             return None
         sizes = shape(x)
-        one_token = matrix.lead == 1 and matrix.domain.slots == 1
+        one_token = matrix.lead == 1 and isinstance(matrix.domain, Pairs) and matrix.domain.slots == 1
         if not one_token and (matrix.lead == 1 or not same_size(sizes[matrix.lead - 1], 1)):
             return None
         width, one = (sizes[-2], sizes[-1]) if at == 0 else (sizes[-1], sizes[-2])
@@ -81,6 +81,11 @@ def _of_tokens(lift: Lift, x: Node, gathered: Node, matrix: Rows) -> Rows | None
     if not isinstance(width, int) or not all(map(same_size, tokens, shape(gathered))):
         return None
     return Rows(matrix.domain, lift.token(x), matrix.lead, (width,))
+
+
+def _own_order(matrix: Rows) -> bool:
+    """Whether matrices are those of the pairs in their own order, so that tokens lie beside theirs."""
+    return isinstance(matrix.domain, Pairs) and matrix.domain.order is None
 
 
 def _across(width: int, column: bool) -> tuple[int, int]:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import sympy
-import torch
 from torch.fx import Node
 
 
@@ -75,7 +74,7 @@ class Capacity:
     ids: Node
     slots: int
     parts: tuple[OneHot, ...]
-    groups: int | torch.SymInt | None = None
+    groups: sympy.Expr | None = None
 
     @property
     def words(self) -> str:
@@ -363,9 +362,9 @@ class MultiHot:
 
 @dataclass(frozen=True)
 class Mask:
-    """True (or 1) where a pair chose one expert; `axes` names the dimensions ("1" one of size 1 in front).
+    """True (or 1) where a pair chose one expert; `axes` names the dimensions, as in axes.py.
 
-    "T" says that any slot did, or the one that is given.
+    Without "K" it says that any slot did, or the one that is given.
     """
 
     ids: Node

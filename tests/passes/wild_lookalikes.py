@@ -153,6 +153,14 @@ def slot_added_twice(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return torch.zeros_like(x) + first + first
 
 
+def sorted_beside_unsorted(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """The matrices are those of the sorted ids, the tokens in their own order."""
+    values, order = ids.sort()
+    h = F.gelu(torch.bmm(x.unsqueeze(1), m.experts.w_in[values]))
+    y = torch.bmm(h, m.experts.w_out[values]).squeeze(1) * w[order][:, None]
+    return torch.zeros_like(x).index_add(0, order, y)
+
+
 # -- every expert sees every token --------------------------------------------------------------------
 
 
@@ -217,6 +225,17 @@ def stacked_at_constants(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     dense = torch.zeros(x.shape[0], D).scatter(1, ids, w)
     every = torch.stack([expert(x) for expert in m.experts], dim=-1)
     return (every * dense.unsqueeze(-1)).sum(-1)
+
+
+def chosen_twice(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """A token whose slots may hold one expert counts it once."""
+    first = torch.cat([ids[:, :1], m.gate(x.roll(1, 0)).argmax(-1, keepdim=True)], dim=-1)
+    chosen = torch.zeros(x.shape[0], m.num_experts, dtype=torch.int64).scatter(1, first, 1)
+    dense = m.gate(x).sigmoid() * chosen
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        out = out + dense[:, e, None] * expert(x)
+    return out
 
 
 def two_numbers_a_token(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
@@ -289,7 +308,8 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (einsum_summed_too_early, broadcast_first_token)),
     *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (slots_weighed_crosswise, slots_weighed_alike)),
     *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (slots_of_wider_weights, slot_added_twice)),
-    *(Lookalike(Case(loop)) for loop in (softmax_of_filled, softmax_of_experts)),
+    Lookalike(Case(sorted_beside_unsorted, EinsumsTransposed, maximum, top_k=1)),
+    *(Lookalike(Case(loop)) for loop in (softmax_of_filled, softmax_of_experts, chosen_twice)),
     Lookalike(Case(where_else, route=argmax_flat, top_k=1)),
     *(Lookalike(Case(loop)) for loop in (where_of_another, where_with_residual, two_numbers_a_token)),
     *(Lookalike(Case(loop)) for loop in (stacked_of_other_tokens, put_over_another_slot)),
