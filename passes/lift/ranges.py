@@ -3,6 +3,7 @@
 topk(scores (T, E), K)[1]      0 … E-1
 ids % n, ids.clamp(0, n - 1)   0 … n-1
 where(own, ids - 4, -1)        -4 … E-5, and -1
+ids.masked_fill(ids == E-1, 0) 0 … E-2
 table[ids]                     what the table holds
 """
 
@@ -23,6 +24,14 @@ Bounds: TypeAlias = tuple[int | None, int | None]
 _ANY: Bounds = (None, None)
 _CHOOSE = frozenset(f"aten::{name}" for name in ("argmax", "argmin", "argsort"))
 _CHOOSE_AND_GIVE = frozenset(f"aten::{name}" for name in ("topk", "max", "min", "sort"))
+_OPPOSITE = {
+    "aten::eq": "aten::ne",
+    "aten::ne": "aten::eq",
+    "aten::lt": "aten::ge",
+    "aten::ge": "aten::lt",
+    "aten::gt": "aten::le",
+    "aten::le": "aten::gt",
+}
 _MOVE = frozenset(
     f"aten::{name}"
     for name in (
@@ -100,9 +109,12 @@ def _bounds(graph: ProgramGraph, node: Node) -> Bounds:
         case "aten::cat" | "aten::concat" | "aten::stack":
             return _either([bounds(graph, part) for part in argument(node, "tensors")])
         case "aten::where" if len(node.args) == 3:
-            return _either([bounds(graph, part) for part in node.args[1:]])
+            chosen, other = (bounds(graph, part) for part in node.args[1:])
+            chosen = _where(chosen, node.args[1], below, holds=True)
+            return _either([chosen, _where(other, node.args[2], below, holds=False)])
         case "aten::masked_fill":
-            return _either([bounds(graph, below), bounds(graph, node.args[2])])
+            kept = _where(bounds(graph, below), below, node.args[1], holds=False)
+            return _either([kept, bounds(graph, node.args[2])])
         case "aten::index" if len(argument(node, "indices")) == 1:
             return bounds(graph, below)
         case "aten::remainder" if isinstance(n := node.args[1], int) and n > 0:
@@ -128,6 +140,28 @@ def _places(chooser: Node) -> Bounds:
     assert isinstance(scores, Node)
     width = shape(scores)[dim] if isinstance(dim, int) else value(scores).numel()
     return 0, width - 1 if isinstance(width, int) else None
+
+
+def _where(found: Bounds, ids: object, truth: object, *, holds: bool) -> Bounds:
+    """The bounds of ids where it holds, or does not, that they compare so to a number."""
+    if not isinstance(truth, Node) or len(truth.args) != 2 or truth.args[0] is not ids:
+        return found
+    compared, n = operator_name(truth), truth.args[1]
+    if not isinstance(n, int) or compared not in _OPPOSITE:
+        return found
+    low, high = found
+    match compared if holds else _OPPOSITE[compared]:
+        case "aten::eq":
+            return n, n
+        case "aten::ne":
+            return low + 1 if low is not None and low == n else low, high - 1 if high == n else high
+        case "aten::lt":
+            return low, n - 1 if high is None else min(high, n - 1)
+        case "aten::le":
+            return low, n if high is None else min(high, n)
+        case "aten::gt":
+            return n + 1 if low is None else max(low, n + 1), high
+    return n if low is None else max(low, n), high
 
 
 def _either(found: list[Bounds]) -> Bounds:
