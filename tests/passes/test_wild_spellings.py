@@ -54,6 +54,19 @@ def test_sizes_that_do_not_vary(case: Case) -> None:
     assert_same(program, made, [torch.randn(2, 5, D), torch.randn(2, 5, D).abs()])
 
 
+@pytest.mark.parametrize("capacity", [64, 2])
+def test_switch_as_transformers_ships_it(capacity: int) -> None:
+    """Routed at (B, S, D), capacity counted for each sequence: dropped tokens are 0."""
+    switch = pytest.importorskip("transformers.models.switch_transformers.modeling_switch_transformers")
+    sizes = dict(d_model=D, d_ff=6, num_experts=E, expert_capacity=capacity)
+    torch.manual_seed(0)
+    made = switch.SwitchTransformersSparseMLP(switch.SwitchTransformersConfig(**sizes)).eval()
+    for parameter in made.requires_grad_(False).parameters():
+        parameter.normal_(std=0.4)
+    program = compiled(made, width=D, require_fused=True)
+    assert_same(program, made, [*INPUTS, torch.randn(2, 40, D)])
+
+
 @pytest.mark.parametrize("lookalike", LOOKALIKES, ids=str)
 def test_lookalikes_run_as_eager(lookalike: Lookalike) -> None:
     """Nothing checks the rewrites: a wrong one would be a wrong number."""
