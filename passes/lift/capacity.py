@@ -86,10 +86,12 @@ def multiply(lift: Lift, node: Node) -> Value | None:
 
 def contract(lift: Lift, node: Node) -> Value | None:
     """hot (T, E, K) @ place hot (T, K, C)."""
-    left, right = (getattr(lift.of(a), "axes", None) for a in node.args[:2])
-    if left is None or right is None or len(left) != 3 or left[0] != right[0] or left[2] != right[1]:
+    left, right = (lift.of(a) for a in node.args[:2])
+    if not isinstance(left, (OneHot, PlaceHot)) or not isinstance(right, (OneHot, PlaceHot)):
         return None
-    return _of_factors(lift, node, list(node.args[:2]), left[:2] + right[2]) if left[2] == "K" else None
+    a, b = left.axes, right.axes
+    inner = len(a) == len(b) == 3 and a[0] == b[0] and a[2] == b[1] == "K"
+    return _of_factors(lift, node, list(node.args[:2]), a[:2] + b[2]) if inner else None
 
 
 def _product(
@@ -192,6 +194,8 @@ def _of_factors(lift: Lift, node: Node, factors: Sequence[object], axes: str) ->
         return None
     if ("C" in axes) != bool(places) or any(isinstance(f, Within) for f in found):
         return None
+    if not places and set(hots[0].axes) - set(axes) - {"1"}:
+        return None  # only places tell the pairs of slots that are summed apart
     of = [f.ids for f in found if isinstance(f, (OneHot, Flags, KeptWeights))]
     ids = deeper(lift, of)
     if ids is None:
@@ -212,7 +216,7 @@ def _weight(factor: object, found: Value | None) -> Node | None:
     """The number a pair, if a factor has one."""
     if isinstance(found, (OneHot, KeptWeights)):
         return found.weight
-    if found is not None or not isinstance(factor, Node):
+    if isinstance(found, (PlaceHot, Flags)) or not isinstance(factor, Node):
         return None
     while operator_name(factor) == "aten::unsqueeze":
         below = factor.args[0]
@@ -321,9 +325,10 @@ def add(lift: Lift, node: Node) -> Value | None:
             same = isinstance(rest := lift.of(other), (OneHot, Dispatch)) and dtype(other) == dtype(node)
             return rest if same else None
         own = found.parts if isinstance(found, Dispatch) else (found,)
-        parts += [p for p in own if isinstance(p, OneHot) and p.place is not None and not p.hidden]
-        if not isinstance(operand, Node) or not _same(operand, node):
+        seats = [p for p in own if isinstance(p, OneHot) and p.place is not None and not p.hidden]
+        if len(seats) < len(own) or not isinstance(operand, Node) or not _same(operand, node):
             return None
+        parts += seats
     one_each = len({p.ids for p in parts}) == len(parts) >= 2
     return Dispatch(tuple(parts)) if one_each and len({p.axes for p in parts}) == 1 else None
 
@@ -425,7 +430,7 @@ def _dispatched(
     root = None if ids is None else lift.ids_root(ids)
     if ids is None or root is None:
         return None
-    groups = shape(x)[0] if group else None
+    groups = lift.extent(shape(x)[0]) if group else None
     domain = Capacity(parts[0].experts, axis, ids, root[1], parts, groups)
     return Rows(domain, lift.token(x), 3 if group else 2, (width,))
 
@@ -490,7 +495,7 @@ def _combined(lift: Lift, node: Node, parts: tuple[OneHot, ...], rows: Rows) -> 
         seats = [s for s in domain.parts if s.place == part.place and descends(lift, part.ids, s.ids)]
         if not seats:
             raise Unproven("R409", "rows are combined from capacity slots that their pairs were not put in")
-        if seats[0].hidden is not None and seats[0].hidden is not part.weight:
+        if seats[0].hidden is not None and seats[0].hidden is not _uncast(lift, part.weight):
             raise Unproven("R409", "pairs are dispatched where one weight is not 0, and combined by another")
     ids = _joint(lift, node, [p.ids for p in parts])
     weights = [p.weight for p in parts if p.weight is not None]
@@ -508,6 +513,13 @@ def _combined(lift: Lift, node: Node, parts: tuple[OneHot, ...], rows: Rows) -> 
     hidden = tuple(s.hidden for s in domain.parts if s.hidden is not None)
     found = Rows(Pairs(*root), term, 1, rows.trail)
     return Combined(found, visited=domain.experts, nonnegative=hidden)
+
+
+def _uncast(lift: Lift, weight: Node | None) -> Node | None:
+    """Weights before the walk cast them: 0 stays 0."""
+    while weight in lift.made and weight.target is aten.to.dtype:
+        (weight,) = lift.made[weight]
+    return weight
 
 
 def of_expert(lift: Lift, node: Node) -> Value | None:

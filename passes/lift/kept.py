@@ -246,12 +246,16 @@ def _kept_weights(lift: Lift, weight: Node, mask: Node, found: Flags | Within) -
     before, number = lift.of(weight), pair_number(weight, found.axes)
     if isinstance(found, Flags):
         ids: Node | None = found.ids
+    elif found.of in lift.kept:
+        # Of the pairs that were dropped before, the place is any number: only the mask itself says.
+        ids = dropped(lift, origin(lift, found.of), mask, found.axes, mask)
     else:
         ids = dropped(lift, found.of, mask, found.axes, mask, found.limit)
     if isinstance(before, KeptWeights) and ids is not None:
         number = before.weight if before.axes == found.axes else None
         ids = deeper(lift, [ids, before.ids])
-    return None if ids is None or number is None else KeptWeights(ids, number, found.axes)
+    own = ids is not None and found.axes.replace("1", "") == pair_axes(ids)
+    return KeptWeights(ids, number, found.axes) if own and ids is not None and number is not None else None
 
 
 def deeper(lift: Lift, several: Sequence[Node]) -> Node | None:

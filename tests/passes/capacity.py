@@ -435,6 +435,54 @@ def slots_mixed(layer: Layer, x: Tensor) -> Tensor:
     return torch.einsum("tec,ecd->td", torch.einsum("tk,tke,tkc->tec", weights, keep, slot), rows)
 
 
+def late_pairs_masked_by_junk(layer: Layer, x: Tensor) -> Tensor:
+    """A pair that takes no place counts as the first: its weight is kept, and another sits there."""
+    weights, ids = layer.top2(x)
+    hot = F.one_hot(ids, EXPERTS)
+    taken = hot * (x[:, :2] > 0).unsqueeze(-1)
+    own = (_places(taken) * taken).sum(-1)
+    kept, slot = weights * (own < CAPACITY), _hot(own)
+    combine = torch.einsum("tk,tke,tkc->tec", kept, hot.float(), slot)
+    dispatch = torch.einsum("tke,tkc->tec", taken.float(), slot)
+    return _applied(layer, x, dispatch, combine)
+
+
+def something_added(layer: Layer, x: Tensor) -> Tensor:
+    """Every slot also holds a little of every token."""
+
+    def dispatch(k: int, places: Tensor) -> Tensor:
+        mask = hot[:, k] * (places < CAPACITY)
+        return torch.einsum("te,tc->tec", mask.float(), _hot((places * mask).sum(1)))
+
+    weights, ids = layer.top2(x)
+    hot = F.one_hot(ids, EXPERTS)
+    first = hot[:, 0].cumsum(0) - 1
+    both = dispatch(0, first) + dispatch(1, hot[:, 1].cumsum(0) - 1 + hot[:, 0].sum(0, keepdim=True))
+    return _applied(layer, x, both + 0.1 * x[:, :1, None].sigmoid().expand_as(both), both)
+
+
+def weighed_by_a_layer(layer: Layer, x: Tensor) -> Tensor:
+    """The weights are what another layer gives, which is a leaf of its own."""
+    _, ids = layer.top2(x)
+    weights = choices_first(layer, x)[:, :2].sigmoid()
+    hot = F.one_hot(ids, EXPERTS)
+    places = _places(hot)
+    keep, slot = (hot * (places < CAPACITY)).float(), _hot((places * hot).sum(-1))
+    dispatch = torch.einsum("tke,tkc->tec", keep, slot)
+    return _applied(layer, x, dispatch, torch.einsum("tk,tke,tkc->tec", weights, keep, slot))
+
+
+def weights_turned(layer: Layer, x: Tensor) -> Tensor:
+    """Slot by slot, as many tokens as slots: weights and masks change sides together, or not."""
+    weights, ids = layer.top2(x)
+    hot = F.one_hot(ids, EXPERTS)
+    own = (_places(hot) * hot).sum(-1)
+    kept = weights.t() * (own < CAPACITY).t()
+    slot = _hot(own.clamp(max=CAPACITY - 1))
+    dispatch = torch.einsum("tke,tkc->tec", (hot * (own < CAPACITY).unsqueeze(-1)).float(), slot)
+    return _applied(layer, x, dispatch, torch.einsum("kt,tke,tkc->tec", kept, hot.float(), slot))
+
+
 def groups_share_slots(layer: Layer, x: Tensor) -> Tensor:
     """Places are counted in every sequence for itself, and there are no slots for each."""
     combine = _of_sequences(layer, x, lambda first: first.sum(-2, keepdim=True))
@@ -468,6 +516,8 @@ def groups_swapped(layer: Layer, x: Tensor) -> Tensor:
     return torch.einsum("ebcd,bsec->bsd", out, combine)
 
 
+# What holds literally, in other words than the spellings': fused or not, right.
+ALSO: list[Dispatched] = [weighed_by_a_layer, weights_turned]
 GROUPED = (
     *(groups_of_tokens, groups_by_einsum, groups_share_slots, groups_counted_together, groups_swapped),
     groups_turned,
@@ -488,6 +538,8 @@ LOOKALIKES: list[Dispatched] = [
     pairs_counted_twice,
     another_experts_rows,
     slots_mixed,
+    late_pairs_masked_by_junk,
+    something_added,
     groups_share_slots,
     groups_counted_together,
     groups_swapped,
