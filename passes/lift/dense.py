@@ -181,7 +181,7 @@ def scale_matrix(lift: Lift, node: Node) -> Value | None:
         divides = operator_name(node) == "aten::div"
         if divides and (dense_at == 1 or argument(node, "rounding_mode")):
             continue
-        source = _zero_filled(lift, rows)
+        source = zero_filled(lift, rows)
         if source is None or not isinstance(other, Node) or not _scales(lift, other, node, divides):
             continue
         if (
@@ -211,7 +211,7 @@ def _experts(rows: Rows) -> int:
     return rows.domain.experts if isinstance(rows.domain, Everywhere) else 0
 
 
-def _zero_filled(lift: Lift, rows: Rows) -> PairSource | None:
+def zero_filled(lift: Lift, rows: Rows) -> PairSource | None:
     """The source of weights that are a leaf alone, cast or not, and 0 off the ids."""
     source = _leaf(lift, rows)
     return source if source is not None and source.fill == 0 else None

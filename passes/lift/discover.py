@@ -108,13 +108,18 @@ def selectors_of(ids: Node) -> tuple[Node, ...]:
 
 
 def require_distinct(ids: Node) -> None:
-    """The ids of a token differ: they are the indices of a top-k along them, or there is one.
+    """The ids of a token differ: they are the indices of a top-k along them, or there is one. Those of pairs
+    that were dropped are -1, which is no expert.
 
     Raises Unproven.
     """
     if not has_slots(ids) or same_size(shape(ids)[-1], 1):
         return
     picked = uncast_rows(ids)
+    while (
+        operator_name(picked) == "aten::where" and picked.args[2] == -1 and isinstance(picked.args[1], Node)
+    ):
+        picked = uncast_rows(picked.args[1])
     top = picked.args[0] if operator_name(picked) == "getitem" else None
     along = isinstance(top, Node) and operator_name(top) == "aten::topk" and picked.args[1] == 1
     if not along or argument(top, "dim") not in (-1, len(shape(picked)) - 1):  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from dsmoe_compiler.ir.graph import Size, aten, same_size, shape, value
 from dsmoe_compiler.passes.lift.coordinates import Located, located
 from dsmoe_compiler.passes.lift.discover import require_distinct, selected_from
 from dsmoe_compiler.passes.lift.gather import is_pair_shaped
+from dsmoe_compiler.passes.lift.kept import descends
 from dsmoe_compiler.passes.lift.masks import slot_of
 from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
@@ -90,7 +91,7 @@ def _of_tokens(lift: Lift, source: Node, at: Located) -> Value | None:
     """One value a token read at one expert's tokens: features, a column of weights, the sum so far."""
     found, domain, rank = lift.of(source), at.domain, at.rank
     if isinstance(found, Column):
-        return _at_column(found, domain) if len(shape(source)) - len(found.trail) == rank else None
+        return _at_column(lift, found, domain) if len(shape(source)) - len(found.trail) == rank else None
     if (weight := _only_weight(lift, source, domain)) is not None:
         return _weights(lift, weight, domain, _static(shape(source)[rank:]))
     if len(shape(source)) != rank + 1 or not value(source).is_floating_point():
@@ -125,9 +126,9 @@ def _without_ones(node: Node) -> Node:
     return node
 
 
-def _at_column(column: Column, domain: OneExpert) -> Value | None:
+def _at_column(lift: Lift, column: Column, domain: OneExpert) -> Value | None:
     own = column.domain
-    if (own.ids, own.expert) != (domain.ids, domain.expert):
+    if not descends(lift, domain.ids, own.ids) or own.expert != domain.expert:
         return None
     if own.order != domain.order:
         require_distinct(domain.ids)

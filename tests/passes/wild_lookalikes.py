@@ -238,6 +238,35 @@ def chosen_twice(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def gates_below_zero(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """Rows of all tokens that the expert does not have."""
+    gates = torch.zeros_like(m.gate(x)).scatter(1, ids, w)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        mask = gates[:, e] <= 0
+        out[mask] += expert(x[mask])
+    return out
+
+
+def gates_above_a_half(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    gates = torch.zeros_like(m.gate(x)).scatter(1, ids, w)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        mask = gates[:, e] > 0.5
+        out[mask] += gates[mask, e].unsqueeze(1) * expert(x[mask])
+    return out
+
+
+def filled_gates_above_zero(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """What was not chosen weighs 1."""
+    gates = torch.ones_like(m.gate(x)).scatter(1, ids, w - 0.5)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        mask = gates[:, e] > 0
+        out[mask] += gates[mask, e].unsqueeze(1) * expert(x[mask])
+    return out
+
+
 def two_numbers_a_token(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     """Two ids a token, and the sum multiplied by the first one's weight alone, inside of where."""
     out = torch.zeros_like(x)
@@ -309,6 +338,7 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (slots_weighed_crosswise, slots_weighed_alike)),
     *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (slots_of_wider_weights, slot_added_twice)),
     Lookalike(Case(sorted_beside_unsorted, EinsumsTransposed, maximum, top_k=1)),
+    *(Lookalike(Case(loop)) for loop in (gates_below_zero, gates_above_a_half, filled_gates_above_zero)),
     *(Lookalike(Case(loop)) for loop in (softmax_of_filled, softmax_of_experts, chosen_twice)),
     Lookalike(Case(where_else, route=argmax_flat, top_k=1)),
     *(Lookalike(Case(loop)) for loop in (where_of_another, where_with_residual, two_numbers_a_token)),

@@ -342,6 +342,35 @@ def deepseek_training(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return y.to(x.dtype).view(*shape)
 
 
+def gates_above_zero(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    gates = torch.zeros_like(m.gate(x)).scatter(1, ids, w)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        mask = gates[:, e] > 0
+        if mask.any():
+            out[mask] += gates[mask, e].unsqueeze(1) * expert(x[mask])
+    return out
+
+
+def gates_not_zero(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    gates = torch.zeros_like(m.gate(x)).scatter(1, ids, torch.relu(w - 0.5))
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        at = torch.nonzero(gates[:, e]).squeeze(-1)
+        out.index_add_(0, at, expert(x[at]) * gates[at, e, None])
+    return out
+
+
+def gates_without_weights(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """A pair that weighs 0 has no row, though rows have no weight."""
+    gates = torch.zeros_like(m.gate(x)).scatter(1, ids, torch.relu(w - 0.5))
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        (at,) = torch.where(gates[:, e] != 0)
+        out[at] += expert(x[at])
+    return out
+
+
 # -- what comes after the sum ----------------------------------------------------------------------
 
 
@@ -396,6 +425,7 @@ CASES: tuple[Case, ...] = (
     Case(mask_times_rows, route=maximum, top_k=1),
     *(Case(loop) for loop in (scores_at_chosen, litgpt, minimind, qwen_remote)),
     *(Case(loop, route=maximum, top_k=1) for loop in (labml, top_one_by_einsum, top_one_stacked)),
+    *(Case(loop) for loop in (gates_above_zero, gates_not_zero, gates_without_weights)),
     Case(dropped_by_einsum, route=maximum, top_k=1),
     Case(index_copy, route=argmax_flat, top_k=1),
     Case(masked_scatter),
