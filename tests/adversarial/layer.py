@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -34,6 +35,10 @@ class Adversary(nn.Module):
         self.table = nn.Buffer(torch.tensor([2, 0, 3, 1]))
         self.halves = nn.Buffer(torch.tensor([0, 0, 1, 1]))
         self.gain = nn.Buffer(torch.ones(()))
+        for e in range(E):
+            self.register_buffer(f"own_{e}", torch.randn(D, D))
+        self.half_gate = nn.Linear(D, 2, bias=False)
+        self.fine_gate = nn.Parameter(torch.zeros(E, D, dtype=torch.float64))
 
     def forward(self, *args: Tensor) -> Outputs:
         found: Outputs = self.run(self, *args)
@@ -61,14 +66,20 @@ def layer(run: Run) -> Adversary:
 
 @dataclass(frozen=True)
 class Case:
-    """A layer's forward, the inputs it takes for T tokens, and how many layers it has."""
+    """A layer's forward, the inputs it takes for T tokens, how many layers it has, and what refuses it (or,
+    where `router`, its router): a code and words of the reason.
+    """
 
     run: Run
     inputs: Callable[[int], tuple[Tensor, ...]] = lambda tokens: (torch.randn(tokens, D),)
     layers: int = 1
+    refused: str = ""
+    because: str = ""
+    router: bool = False
 
     def __str__(self) -> str:
-        return self.run.__name__
+        run = self.run
+        return run.__name__ if not isinstance(run, partial) else f"{run.func.__name__}-{run.keywords['kind']}"
 
 
 def with_ids(tokens: int) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from dsmoe_compiler.program import Program
 from tests.adversarial.as_eager import AS_EAGER
 from tests.adversarial.layer import Adversary, Case, Outputs, layer
 from tests.adversarial.must_fuse import MUST_FUSE
+from tests.adversarial.refused import REFUSED
 from tests.passes.checks import TOLERANCE
 
 TOKENS = (6, 1, 0, 11)
@@ -70,6 +71,13 @@ def test_fuses(case: Case) -> None:
     assert_as_eager(program, case)
 
 
-@pytest.mark.parametrize("case", AS_EAGER, ids=str)
+@pytest.mark.parametrize("case", (*AS_EAGER, *REFUSED), ids=str)
 def test_runs_as_eager(case: Case) -> None:
-    assert_as_eager(compiled(case), case)
+    program = compiled(case)
+    if case.router:
+        said = [remark for remark in program.report.remarks if "router as written" in remark]
+        assert len(said) == 1 and case.refused in said[0] and case.because in said[0], program.report.remarks
+    elif case.refused:
+        said = [str(found.refusal) for found in program.report.layers]
+        assert any(case.refused in one and case.because in one for one in said), said
+    assert_as_eager(program, case)

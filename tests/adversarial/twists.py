@@ -401,7 +401,107 @@ class Dense:
         return experts.body.run(rows * own if self.weighed == "before" else rows, gemm)
 
 
-Twisted = Sorted | Gathered | Dense
+@dataclass(frozen=True)
+class Capacity:
+    """GShard: each pair has a place in its expert's queue, one-hots take rows there and back."""
+
+    ids: str
+    weights: str
+    queued: str
+    first: str
+    later: str
+    kept: str
+    seats: str
+    weighed: str
+    dispatched: str
+    room: str
+
+    def __call__(self, experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        ids, weights = other_ids(ids, experts.count, self.ids), other_weights(weights, self.weights)
+        tokens, k = ids.shape
+        room = {"two": 2, "all": tokens * k, "half": max(tokens // 2, 1)}[self.room]
+        hot = F.one_hot(ids.long(), experts.count)
+        places = self._places(hot)
+        found = {"below": places < room, "up to": places <= room, "above": places > 0, "all": places > -9}
+        keep = (hot * found[self.kept]).to(x.dtype)
+        seats = self._seats((places * hot).sum(-1), room).to(x.dtype)
+        if self.weighed == "renormalised":
+            weights = weights * keep.sum(-1)
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
+        combine = torch.einsum("tk,tke,tkc->tec", weights, keep, seats)
+        dispatch = {
+            "": lambda: torch.einsum("tke,tkc->tec", keep, seats),
+            "where weighed": lambda: (combine > 0).to(x.dtype),
+            "where not zero": lambda: combine.bool().to(x.dtype),
+            "weighed": lambda: combine,
+            "without dropping": lambda: torch.einsum("tke,tkc->tec", hot.to(x.dtype), seats),
+        }[self.dispatched]()
+        if self.weighed == "not at all":
+            combine = dispatch
+        if self.weighed == "turned":
+            combine = torch.einsum("tk,tke,tkc->tec", weights, keep.flip(1), seats)
+        rows = torch.einsum("tec,td->ecd", dispatch, x)
+
+        def gemm(name: str, rows: Tensor) -> Tensor:
+            bias = experts.bias(name)
+            found = torch.bmm(rows, experts.in_out(name))
+            return found if bias is None else found + bias.unsqueeze(1)
+
+        return torch.einsum("tec,ecd->td", combine, experts.body.run(rows, gemm))
+
+    def _places(self, hot: Tensor) -> Tensor:
+        """(T, K): how many pairs came before, in the order of the queue."""
+        tokens, k, count = hot.shape
+        match self.queued:
+            case "token by token":
+                flat = hot.reshape(tokens * k, count)
+                places = self._counted(flat.cumsum(0), flat).view(tokens, k, count)
+            case "slot by slot":
+                flat = hot.transpose(0, 1).reshape(tokens * k, count)
+                places = self._counted(flat.cumsum(0), flat).view(k, tokens, count).transpose(0, 1)
+            case "each slot after those before":
+                before, found = torch.zeros(count, dtype=hot.dtype), list[Tensor]()
+                for slot in range(k):
+                    own = hot[:, slot]
+                    found.append(self._counted(own.cumsum(0), own) + before)
+                    before = before + own.sum(0) if self.later == "counted" else before
+                places = torch.stack(found, dim=1)
+            case "each slot alone":
+                places = self._counted(hot.cumsum(0), hot)
+            case "backwards":
+                flat = hot.reshape(tokens * k, count).flip(0)
+                places = self._counted(flat.cumsum(0), flat).flip(0).view(tokens, k, count)
+            case "over experts":
+                places = self._counted(hot.cumsum(-1), hot)
+            case _:
+                raise ValueError(self.queued)
+        return places
+
+    def _seats(self, place: Tensor, room: int) -> Tensor:
+        """(T, K, C): 1 at each pair's place."""
+        match self.seats:
+            case "clamped":
+                return F.one_hot(place.clamp(0, room - 1), room)
+            case "clamped above":
+                return F.one_hot(place.clamp(max=room - 1), room)
+            case "compared":
+                return place.unsqueeze(-1) == torch.arange(room)
+            case "one more":
+                return F.one_hot(place.clamp(0, room), room + 1)
+            case "masked":
+                return F.one_hot(place * (place < room), room)
+            case "from one":
+                return place.unsqueeze(-1) == torch.arange(1, room + 1)
+            case "remainder":
+                return F.one_hot(place % room, room)
+        raise ValueError(self.seats)
+
+    def _counted(self, upto: Tensor, hot: Tensor) -> Tensor:
+        """Places from 0, or from 1."""
+        return {"0": upto - 1, "0 by others": upto - hot, "1": upto, "2": upto + 1}[self.first]
+
+
+Twisted = Sorted | Gathered | Dense | Capacity
 
 
 @dataclass(frozen=True)
@@ -469,7 +569,27 @@ _DENSE = {
     "weighed": Stage(("after",), ("before", "added", "nowhere")),
     "combine": Stage(("sum",), ("einsum", "mean", "over tokens")),
 }
-STAGES: dict[type[Twisted], dict[str, Stage]] = {Sorted: _SORTED, Gathered: _GATHERED, Dense: _DENSE}
+_CAPACITY = {
+    "ids": _changed(("", "next", "flipped", "of another token", "clamped", "halved", "in a table")),
+    "weights": _changed(WEIGHTS),
+    "queued": Stage(
+        ("token by token", "slot by slot", "each slot after those before"),
+        ("each slot alone", "backwards", "over experts"),
+    ),
+    "first": Stage(("0", "0 by others"), ("1", "2")),
+    "later": Stage(("counted",), ("not counted",)),
+    "kept": Stage(("below",), ("up to", "above", "all")),
+    "seats": Stage(("clamped above", "compared"), ("clamped", "one more", "masked", "from one", "remainder")),
+    "weighed": Stage(("",), ("renormalised", "not at all", "turned")),
+    "dispatched": Stage(("",), ("where weighed", "where not zero", "weighed", "without dropping")),
+    "room": Stage(("two", "all", "half"), ("two",)),
+}
+STAGES: dict[type[Twisted], dict[str, Stage]] = {
+    Sorted: _SORTED,
+    Gathered: _GATHERED,
+    Dense: _DENSE,
+    Capacity: _CAPACITY,
+}
 
 
 @st.composite
