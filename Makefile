@@ -2,10 +2,12 @@
 #   PIP_ARGS     options for pip, e.g. the index of PyTorch's CPU builds (read when .venv is filled)
 #   PYTEST_ARGS  options for pytest, e.g. PYTEST_ARGS="-m slow" or PYTEST_ARGS="tests/ir -k body"
 #   JOBS         test processes
+#   MUTATION_ARGS  kinds and files of obligations, e.g. MUTATION_ARGS="--kind raise passes/lift/combine.py"
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= 2
+MUTATION_ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -13,13 +15,14 @@ INSTALLED := .venv/.installed
 # pip and mypy would otherwise look into an environment of the caller's.
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test lint mutation
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   compile a DeepSeekMoE model on this machine and show what happened"
 	@echo "make test   lint, then the tests            (PYTEST_ARGS=... goes to pytest)"
 	@echo "make lint   ruff, mypy --strict, the import direction"
+	@echo "make mutation  take each proof obligation out: does a test miss it?  (MUTATION_ARGS=...)"
 	@echo "make setup  fill .venv                      (PIP_ARGS=... goes to pip)"
 
 setup: $(INSTALLED)
@@ -36,6 +39,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports --no-logo
+
+# Every proof obligation taken out in turn, and the tests that it refuses in run without it.
+mutation: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --jobs $(JOBS) $(MUTATION_ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
