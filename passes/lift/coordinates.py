@@ -142,8 +142,10 @@ def spread(lift: Lift, node: Node) -> Value | None:
 
 
 def flattened(lift: Lift, node: Node) -> Value | None:
-    """(n, 1) coordinates as a vector."""
+    """(n, 1) coordinates as a vector: viewed as one, or their only column; a row would be one pair's."""
     found = lift.of(node.args[0])
+    if operator_name(node) == "aten::select" and argument(node, "dim") not in (-1, 1):
+        return None
     single = isinstance(found, (TokenOf, Permutation)) and isinstance(found.domain, OneExpert)
     return found if single and len(shape(node)) == 1 else None
 

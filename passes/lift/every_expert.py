@@ -143,10 +143,13 @@ def add(lift: Lift, node: Node) -> Value | None:
         if not isinstance(so_far, DenseSum):
             continue
         found = lift.of(other)
-        if other == 0 or (isinstance(found, Filled) and found.number == 0):
+        if other == 0:
             return so_far
-        if not isinstance(other, Node) or dtype(other) != dtype(node):
+        if any(not is_tensor(a) or dtype(a) != dtype(node) for a in node.args[:2]):  # type: ignore[arg-type]
             return None
+        assert isinstance(other, Node)
+        if isinstance(found, Filled) and found.number == 0 and _same(shape(other), shape(node)):
+            return so_far
         if isinstance(found, DenseSum):
             if found.ids is not so_far.ids or (found.base is not None and so_far.base is not None):
                 return None

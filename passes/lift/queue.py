@@ -110,12 +110,13 @@ def _moved(found: Queue | Place, by: int) -> Queue | Place:
 
 
 def own_places(lift: Lift, node: Node) -> Value | None:
-    """places * hot."""
+    """places * hot, also once more by the one-hot of the pairs that are kept."""
     for queue_at, hot_at in ((0, 1), (1, 0)):
-        queue, hot = lift.of(node.args[queue_at]), lift.of(node.args[hot_at])
-        if not isinstance(queue, Queue) or not isinstance(hot, OneHot) or not _is_plain(hot):
+        places, hot = lift.of(node.args[queue_at]), lift.of(node.args[hot_at])
+        if not isinstance(places, (Queue, OwnPlaces)) or not isinstance(hot, OneHot) or not _is_plain(hot):
             continue
-        if hot.axes == queue.axes and descends(lift, hot.ids, queue.ids) and dtype(node) in _EXACT:
+        queue, of = (places, places.ids) if isinstance(places, Queue) else (places.queue, places.of)
+        if hot.axes == queue.axes and descends(lift, hot.ids, of) and dtype(node) in _EXACT:
             return OwnPlaces(queue, hot.ids)
     return None
 
@@ -272,6 +273,8 @@ def rename(lift: Lift, node: Node) -> Value | None:
         return None
     if isinstance(found, OwnPlaces):
         return OwnPlaces(replace(found.queue, axes=new), found.of)
+    if isinstance(found, PlaceHot):
+        return replace(found, axes=new, node=node)
     return replace(found, axes=new)
 
 

@@ -19,7 +19,6 @@ _NEVER = frozenset(
         "square",
         "sqrt",
         "one_hot",
-        "softplus",
     )
 )
 _OF_FIRST = frozenset(
@@ -57,8 +56,14 @@ def never_below_zero(node: object) -> bool:
     if name == "getitem":
         return bool(node.args[1] == 0) and never_below_zero(node.args[0])
     if name in ("aten::clamp", "aten::clamp_min"):
-        low = argument(node, "min")
+        low, high = argument(node, "min"), argument(node, "max")
+        if high is not None and not never_below_zero(high):
+            return False
         return (isinstance(low, (int, float)) and low >= 0) or never_below_zero(node.args[0])
+    if name == "aten::softplus":
+        return bool(argument(node, "beta") > 0)
+    if name in ("aten::max", "aten::min") and len(node.args) > 1 and isinstance(node.args[1], Node):
+        return all(never_below_zero(a) for a in node.args[:2])
     if name in _OF_BOTH:
         plain = argument(node, "alpha", 1) == 1 and not argument(node, "rounding_mode")
         return plain and all(never_below_zero(a) for a in node.args[:2])
