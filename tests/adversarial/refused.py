@@ -187,7 +187,7 @@ def router_computed(m: Adversary, x: Tensor) -> Tensor:
 
 
 def _router(run: partial[Tensor] | object, because: str) -> Case:
-    return Case(run, refused="R201", because=because, router=True)  # type: ignore[arg-type]
+    return Case(run, refused="R2", because=because, router=True)  # type: ignore[arg-type]
 
 
 REFUSED: tuple[Case, ...] = (

@@ -6,7 +6,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "product.py",
         "grouped",
-        "Unproven('R401', f'{offsets.experts} experts are counted, the weights hold {shape(parameter)[0]}')",
+        "Unproven(f'{offsets.experts} experts are counted, the weights hold {shape(parameter)[0]}')",
     ): "torch captures no grouped product whose offsets are not as many as its matrices",
     ("one_expert.py", "_at_column", "require_distinct(domain.ids)"): (
         "a column is made of ids that were proven to differ, by the rules that add or scatter its numbers"
@@ -14,7 +14,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "fuse_router.py",
         "_fused",
-        "_Unknown('R201', \"a token's experts come from more than one top-k\", node)",
+        '_Unknown("a token\'s experts come from more than one top-k", node)',
     ): "ids are read through what keeps their last dimension, so they are as many as the one top-k takes",
     ("dense.py", "sum_one_hot", "require_distinct(found.ids)"): (
         "who reads the one-hots of a token as a mask of ones asks for it again, or adds them"
@@ -28,16 +28,16 @@ UNREACHED: dict[tuple[str, str, str], str] = {
     (
         "capacity.py",
         "_require_apart",
-        "Unproven('R409', 'pairs sit at places that were counted for other pairs')",
+        "Unproven('pairs sit at places that were counted for other pairs')",
     ): "a place's rule keeps the pairs it was counted for",
     (
         "lift_experts.py",
         "_sizes_like",
-        "Unproven('R407', f'more than one size of %{node.name} is held by no value of the graph')",
+        "Unproven(f'more than one size of %{node.name} is held by no value of the graph')",
     ): "sizes of a sum are those of its inputs",
     (
         "fuse_router.py",
         "_ungroup",
-        "_Unknown('R201', \"the mask over groups does not cover each group's experts\", mask)",
+        '_Unknown("the mask over groups does not cover each group\'s experts", mask)',
     ): "a mask that is widened otherwise is no complement of the groups kept",
 }

@@ -11,6 +11,7 @@ A rule that is written tomorrow has its obligations here without a line being ad
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class Mutant:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What it is called where lines move; numbered where a function says it more than once."""
-        text = f"{self.text} ({self.again})" if self.again > 1 else self.text
+        """What it is called where lines and codes move; numbered where a function says it more than once."""
+        text = re.sub(r"'R\d+', ", "", self.text) + (f" ({self.again})" if self.again > 1 else "")
         return self.file.rpartition("/")[2], self.function, text
 
     def __str__(self) -> str:
