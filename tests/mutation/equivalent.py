@@ -24,6 +24,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
 
 # Second nets: no layer is known that reaches them. One that does needs a test that misses them.
 UNREACHED: dict[tuple[str, str, str], str] = {
+    (
+        "state.py",
+        "share",
+        "self.require_unwritten(node)",
+    ): "what all experts share was asked for as each one's own",
     ("capacity.py", "_scores", "lift.require_unwritten(below)"): "scores are asked for when they are weights",
     (
         "capacity.py",
