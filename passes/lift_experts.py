@@ -185,7 +185,7 @@ class _Layer:
 
     @property
     def selector(self) -> Node | None:
-        """What selects, the first where slots are chosen one by one; None where nothing of the program does."""
+        """What selects, the first where slots are chosen one by one; None where nothing does."""
         return self.selectors[0] if self.selectors else None
 
     @staticmethod
@@ -279,6 +279,8 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
         raise Unproven("R302", "the layer's weights are not all indexed by the same experts")
     x = lift.tokens[str(tokens[0].attrs[0])]
     x = standing.get(x, x)
+    if found.base is not None:
+        found = replace(found, base=standing.get(found.base, found.base))
     experts, hidden, slots = counts.pop(), shape(x)[-1], shape(ids)[-1] if has_slots(ids) else 1
     assert isinstance(experts, int) and isinstance(hidden, int) and isinstance(slots, int)
     tokens_of_ids, added = count_tokens(ids), _rows(node)
@@ -288,7 +290,7 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
     if not same_size(added, tokens_of_ids) and not depends_on_data(added):
         because = f"the experts' rows are added to {added} rows, the ids are those of {tokens_of_ids} tokens"
         raise Unproven("R303", because)
-    old = _through_cast(node)
+    old = _through_cast(node) if found.base is None else node
     rename = {tokens[0]: Step("x")}
     rename |= {s: Step("w") for s in terms.leaves(term, "pair")}
     rename |= {s: Step("p", (), (i,)) for i, s in enumerate(params)}

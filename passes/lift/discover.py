@@ -166,7 +166,7 @@ def _routing_flow(graph: ProgramGraph) -> nx.DiGraph[Node]:
             flow.add_node(node)
             continue
         for origin in [a for a in node.all_input_nodes if a in flow]:
-            if _selects(node, origin):
+            if _selects(node, origin, flow):
                 flow.add_node(node, selects=True)
                 flow.add_edge(origin, node)
             elif _carries(node, origin) or _adds(node, flow):
@@ -193,7 +193,7 @@ def _carries(node: Node, origin: Node) -> bool:
     return operator_name(node) in _MATRICES
 
 
-def _selects(node: Node, origin: Node) -> bool:
+def _selects(node: Node, origin: Node, flow: nx.DiGraph[Node]) -> bool:
     """Whether routing from `origin` chooses rows or weights here: the other operand has rows to choose."""
     name = operator_name(node)
     if not is_tensor(node) or not value(node).is_floating_point():
@@ -203,7 +203,8 @@ def _selects(node: Node, origin: Node) -> bool:
         return isinstance(table, Node) and table is not origin and len(shape(table)) >= 2
     if name in _PRODUCTS:
         others = [a for a in node.all_input_nodes if a is not origin and is_tensor(a)]
-        weighs = _is_column(origin) and any(len(shape(o)) > 1 and not _is_column(o) for o in others)
+        rows = [o for o in others if len(shape(o)) > 1 and not _is_column(o) and o not in flow]
+        weighs = _is_column(origin) and bool(rows)
         return weighs or any(len(shape(o)) >= 3 and not same_widths(o, origin) for o in others)
     return name == "aten::where" and node.args[0] is origin and _is_column(origin) and not _is_column(node)
 

@@ -71,7 +71,12 @@ def hot_by_comparing(lift: Lift, node: Node) -> Value | None:
 
 
 def hot(lift: Lift, ids: Node, experts: int) -> OneHot | None:
-    """The one-hot of ids, which has their dimensions and one for the experts."""
+    """The one-hot of ids, which has their dimensions and one for the experts.
+
+    A one-hot of 0 and 1 may itself be read as ids.
+    """
+    if plain(lift.of(ids)) is not None:
+        lift.numbers.add(ids)
     if (root := lift.ids_root(ids)) is None:
         return None
     axes = viewed(pair_axes(root[0]), root[0], root[1], shape(root[0]), shape(ids))

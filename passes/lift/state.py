@@ -94,11 +94,11 @@ class Lift:
 
     `fixed` are the values computed from the model's own tensors alone, the same for every row; `own` holds
     the tensors of single experts, `packs` those that became one over all experts, `shared` those that all
-    experts read; `sizes` says of
-    a symbol that a count was read into which counts it sums, `counted` of which ids and how many experts;
-    `written` are the tokens' rows that a loop wrote, each token having one id; `visited` the experts whose
-    rows loops over some ids add; `kept` are ids of which pairs were dropped, `restricted` the same
-    by the ids before and the mask, `made` what values that the walk put into the graph were made of.
+    experts read; `sizes` says of a symbol that a count was read into which counts it sums, `counted` of which
+    ids and how many experts; `written` are the tokens' rows that a loop wrote, each token having one id;
+    `visited` the experts whose rows loops over some ids add; `numbers` have a meaning and are read as ids,
+    too; `kept` are ids of which pairs were dropped, `restricted` the same by the ids before and the mask,
+    `made` what values that the walk put into the graph were made of.
     """
 
     graph: ProgramGraph
@@ -118,6 +118,7 @@ class Lift:
     overwritten: set[Node] = field(default_factory=set)
     written: list[Node] = field(default_factory=list)
     visited: dict[Node, set[int]] = field(default_factory=dict)
+    numbers: set[Node] = field(default_factory=set)
     kept: dict[Node, Kept] = field(default_factory=dict)
     restricted: dict[tuple[Node, object], Node] = field(default_factory=dict)
     made: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
@@ -408,7 +409,7 @@ class Lift:
 
     def ids_root(self, node: Node) -> tuple[Node, int] | None:
         """(ids (…, K), K) under integers of any shape; K is the static size of the ids' last dimension."""
-        if not _holds_ids(node) or self.of(node) is not None:
+        if not _holds_ids(node) or (self.of(node) is not None and node not in self.numbers):
             return None
         self.require_unwritten(node)
         while node.op == "call_function":

@@ -41,6 +41,21 @@ class EinsumsTransposed(nn.Module):
         self.w_in, self.w_out = nn.Parameter(torch.empty(E, D, F_)), nn.Parameter(torch.empty(E, F_, D))
 
 
+# -- ids of another kind -------------------------------------------------------------------------------
+
+
+def chosen_or_not(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """A mask over all experts read as ids: expert 1 where a token chose the expert, else expert 0."""
+    chosen = F.one_hot(ids[:, 0], E) * (x[:, :1] > 0)
+    hits = F.one_hot(chosen, E).permute(2, 1, 0)
+    scores = m.gate(x).softmax(-1)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        slots, tokens = torch.where(hits[e])
+        out.index_add_(0, tokens, expert(x[tokens]) * scores[tokens, slots, None])
+    return out
+
+
 # -- weights gathered by ids -----------------------------------------------------------------------
 
 
@@ -409,6 +424,7 @@ CASES: tuple[Case, ...] = (
     Case(gathered_columns, Einsums),
     Case(gathered_by_slot, EinsumsTransposed),
     Case(all_by_einsum, Einsums),
+    Case(chosen_or_not, top_k=E),
     *(
         Case(loop)
         for loop in (
