@@ -34,7 +34,7 @@ from dsmoe_compiler.functions import as_module
 from dsmoe_compiler.inputs import CallSignature, Inputs
 from dsmoe_compiler.ir.errors import CaptureError, InputError
 from dsmoe_compiler.outputs import Structure
-from dsmoe_compiler.preserve import buffers_kept, preserved
+from dsmoe_compiler.preserve import preserved, values_kept
 from dsmoe_compiler.quiet import silenced
 from dsmoe_compiler.resize import resized
 from dsmoe_compiler.tracing.assumption import Assumption
@@ -403,7 +403,7 @@ def _raised(module: nn.Module, example: Example) -> Exception | None:
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return None
     try:
-        with preserved(module), buffers_kept(module), torch.no_grad():
+        with preserved(module), values_kept(module), torch.no_grad():
             module(*example[0], **example[1])
     except Exception as e:  # the user's code may raise anything
         return e

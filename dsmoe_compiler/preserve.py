@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoe_compiler.reach import reached
 
@@ -39,20 +40,53 @@ def preserved(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Buffers that a forward updates (running statistics, counters) have their values back afterwards."""
+def values_kept(module: nn.Module) -> Iterator[None]:
+    """Buffers that a forward updates (running statistics, counters), and parameters if it writes into any,
+    have their values back afterwards.
+    """
     kept = [
         (owner._buffers, name, buffer, buffer.clone())
         for owner in module.modules()
         for name, buffer in owner._buffers.items()
         if isinstance(buffer, Tensor)
     ]
+    written = _Written(module)
     try:
-        yield
+        with written:
+            yield
     finally:
         with torch.no_grad():
+            for parameter, before in written.before.values():
+                parameter.copy_(before)
             for buffers, name, buffer, before in kept:
                 buffers[name] = buffer.copy_(before)
+
+
+class _Written(TorchDispatchMode):
+    """Copies parameters right before they are written into: copies of all would weigh what the model does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.before = dict[int, tuple[Tensor, Tensor]]()
+        self._sharing = defaultdict[int, list[Tensor]](list)
+        for parameter in module.parameters():
+            self._sharing[parameter.untyped_storage()._cdata].append(parameter)
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func._schema.is_mutable:
+            for formal, argument in zip(func._schema.arguments, args, strict=False):
+                if formal.alias_info is not None and formal.alias_info.is_write:
+                    self._keep(argument)
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, argument: object) -> None:
+        for tensor in argument if isinstance(argument, (list, tuple)) else [argument]:
+            if isinstance(tensor, Tensor):
+                for parameter in self._sharing.get(tensor.untyped_storage()._cdata, ()):
+                    if id(parameter) not in self.before:
+                        self.before[id(parameter)] = parameter, parameter.detach().clone()
 
 
 def _containers(module: nn.Module) -> list[Any]:

@@ -40,7 +40,7 @@ from dsmoe_compiler.functions import as_module
 from dsmoe_compiler.inputs import Inputs
 from dsmoe_compiler.ir.errors import InputError, ShapeError
 from dsmoe_compiler.outputs import Structure
-from dsmoe_compiler.preserve import buffers_kept, preserved
+from dsmoe_compiler.preserve import preserved, values_kept
 from dsmoe_compiler.resize import resized
 from dsmoe_compiler.validate import relative_error
 
@@ -216,7 +216,7 @@ def _both(module: nn.Module, program: Callable[..., Any], call: Call, may_fail: 
     """The two compared on one call; None where the model itself does not take it."""
     random_state = torch.get_rng_state()
     try:
-        with buffers_kept(module):
+        with values_kept(module):
             args, kwargs = _own(call)
             expected = module(*args, **kwargs)
     except Exception as e:  # the user's code may raise anything
@@ -225,14 +225,20 @@ def _both(module: nn.Module, program: Callable[..., Any], call: Call, may_fail: 
         reason = next(iter(str(e).splitlines()), "") or type(e).__name__
         raise InputError(f"the model itself fails on the example inputs: {reason}") from e
     torch.set_rng_state(random_state)
-    with buffers_kept(module):
+    with values_kept(module):
         args, kwargs = _own(call)
         try:
             actual = program(*args, **kwargs)
         except Exception as e:  # operators of the graph may raise anything
             reason = next(iter(str(e).splitlines()), "") or type(e).__name__
             return _Compared(math.inf, f"the graph fails ({reason[:100]})", proven=True)
-        return _compare(actual, expected)
+        return _compare(actual, expected, _rounding(module))
+
+
+def _rounding(module: nn.Module) -> float:
+    """eps of the type with the fewest digits among the model's parameters, of 16 bits or more."""
+    kinds = {p.dtype for p in module.parameters() if p.is_floating_point() and p.element_size() > 1}
+    return max((torch.finfo(kind).eps for kind in kinds), default=0.0)
 
 
 def _own(call: Call) -> Call:
@@ -307,8 +313,10 @@ class _Compared:
     proven: bool = False
 
 
-def _compare(actual: object, expected: object) -> _Compared:
-    """Caches, which a program does not return, are no difference."""
+def _compare(actual: object, expected: object, rounding: float) -> _Compared:
+    """Caches, which a program does not return, are no difference; numbers may have been rounded as much as
+    the model's parameters are, whatever type they are returned in.
+    """
     ours, actual_values = Structure.of(actual)
     theirs, expected_values = Structure.of(expected)
     if ours != theirs:
@@ -321,7 +329,7 @@ def _compare(actual: object, expected: object) -> _Compared:
             return _Compared(float("inf"), found, proven=True)
         if a.numel():
             worst = max(worst, relative_error(a, b))
-            rows = _rows(a, b)
+            rows = _rows(a, b, rounding)
             if rows.wrong:
                 far = far or f"{name}: {rows.wrong}"
                 if rows.proven:
@@ -333,7 +341,7 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-def _rows(actual: Tensor, expected: Tensor) -> _Compared:
+def _rows(actual: Tensor, expected: Tensor, rounding: float = 0.0) -> _Compared:
     a, b = (t.reshape(-1, t.shape[-1] if t.dim() else 1) for t in (actual, expected))
     if not actual.is_floating_point():
         errors = torch.where((a != b).any(-1), float("inf"), 0.0).double()
@@ -344,8 +352,9 @@ def _rows(actual: Tensor, expected: Tensor) -> _Compared:
         a, b = (t.double().nan_to_num(0.0, 0.0, 0.0) for t in (a, b))
         length = b.norm(dim=-1)
         errors = (a - b).norm(dim=-1) / length.clamp(min=length.mean().item() / 10 + 1e-300)
-        eps = torch.finfo(actual.dtype).eps
-        median, far, share = (4 * eps, 64 * eps, 0.2) if actual.dtype.itemsize < 4 else (5e-4, 5e-4, 0.0)
+        eps = max(torch.finfo(actual.dtype).eps, rounding)
+        coarse = eps > torch.finfo(torch.float32).eps
+        median, far, share = (4 * eps, 64 * eps, 0.2) if coarse else (5e-4, 5e-4, 0.0)
     middle, worse = errors.median().item(), (errors > far).double().mean().item()
     if middle <= median and worse <= share:
         return _Compared(0.0, "")

@@ -1,5 +1,6 @@
 """The user's objects behave and hold the same values afterwards, whatever way compiling ends."""
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +15,12 @@ import dsmoe_compiler as dsmoe
 from tests.tiny_models import Experts
 
 x_TD = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torch_has_set_itself_up() -> None:
+    """What torch and sympy do to the process when they are first used is not ours."""
+    torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
 
 
 class _Memory:
@@ -155,3 +162,30 @@ def test_a_model_in_training_mode_keeps_its_dropout_and_its_statistics() -> None
     assert not model.state_dict()["1.running_mean"].equal(statistics), (
         "the program updates the model's own buffer"
     )
+
+
+class _Counting(nn.Module):
+    """Writes into a parameter in every call, and into one that shares its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Experts()
+        self.load = nn.Parameter(torch.zeros(4), requires_grad=False)
+        self.first = nn.Parameter(self.load.data[:1], requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.load.add_(1)
+        y: Tensor = self.layer(x) * self.load.sum()
+        return y
+
+
+def test_a_model_that_writes_into_its_parameters() -> None:
+    model = _Counting()
+    with torch.no_grad():
+        expected = [_Counting.forward(copied, x_TD) for copied in [copy.deepcopy(model)] for _ in "ab"]
+    program = dsmoe.compile(model, (x_TD,))
+    assert model.load.sum() == 0 and model.first.sum() == 0
+    with torch.no_grad():
+        for each in expected:
+            torch.testing.assert_close(program(x_TD), each)
+    assert model.load.sum() == 8, "the program writes into the model's own parameter"
