@@ -6,9 +6,9 @@ experts, half of the experts empty). Sizes that vary get small numbers; nothing 
 
 How far apart two right answers may be, relative to the largest number of the old one:
 
-- both sides round the same intermediates to the layer's dtype; each of the at most 8 roundings may fall on
-  the other
-  side after another order of summation: 8·eps(dtype);
+- both sides round the same intermediates to the layer's dtype, or to that of its experts if that has fewer
+  digits; each of the at most 8 roundings may fall on the other side after another order of summation:
+  8·eps(dtype);
 - sums of n products, accumulated in fp32 in two orders, differ by about sqrt(n)·eps(fp32); 8 of that.
 """
 
@@ -26,7 +26,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from dsmoe_compiler.ir import decompose, ops
-from dsmoe_compiler.ir.graph import ProgramGraph, depends_on_data, is_tensor, shape
+from dsmoe_compiler.ir.graph import ProgramGraph, aten, depends_on_data, is_tensor, shape
 from dsmoe_compiler.ir.passes import Replacement
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse
 from dsmoe_compiler.ir.stand_in import STAND_INS
@@ -39,6 +39,7 @@ Given: TypeAlias = frozenset[sympy.Symbol]
 
 # Sizes tried for the varying dimensions, most tokens first, until the largest intermediate fits the budget.
 _SIZES = ((3, 11, 2, 5), (2, 7, 2, 3), (2, 3, 2, 2), (1, 2, 1, 1))
+_LIKE = frozenset({aten.zeros_like.default, aten.ones_like.default, aten.full_like.default})
 _BUDGET = 2**24  # numbers in the largest intermediate of the old value: 64 MB of fp32
 _GATHERED = 2**22  # numbers of weights gathered per pair, past which a loop over experts is cheaper
 
@@ -74,9 +75,8 @@ def validate(graph: ProgramGraph, change: Replacement, seed: int = 0) -> Verdict
     if any(_holds_nan(graph.tensor(p)) for p in params):
         return Verdict(math.nan, 0.0, has_nan=True)
     sizes = _choose_sizes(region)
-    allowed = tolerance(
-        change.old.meta["val"].dtype, max(_contraction(graph, p) for p in params) if params else 1
-    )
+    products = max(_contraction(graph, p) for p in params) if params else 1
+    allowed = tolerance(_coarsest(change, region), products)
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     tensors = {n: graph.tensor(n) for n in region if graph.parameter(n) is not None}
@@ -102,6 +102,15 @@ def _packs(graph: ProgramGraph, region: list[Node]) -> dict[Node, Tensor]:
             if whole is not None:
                 found[node] = whole
     return found
+
+
+def _coarsest(change: Replacement, region: list[Node]) -> torch.dtype:
+    """The type with the fewest digits among the value's own and those that its experts compute in: they are
+    often added up in a type with more.
+    """
+    read = (a for n in region if n.target is ops.EXPERTS for a in n.all_input_nodes if is_tensor(a))
+    kinds: list[torch.dtype] = [change.old.meta["val"].dtype, *(a.meta["val"].dtype for a in read)]
+    return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
 
 
 def tolerance(dtype: torch.dtype, products: int) -> float:
@@ -137,7 +146,7 @@ def _between(inputs: tuple[Node, ...], results: tuple[Node, ...], given: Given) 
         if node not in needed:
             needed.add(node)
             if node not in inputs and not _is_size(node, given):
-                stack.extend(node.all_input_nodes)
+                stack.extend(n for n in node.all_input_nodes if n is not _likeness(node))
     return sorted(needed)
 
 
@@ -158,6 +167,11 @@ def _choose_sizes(region: list[Node]) -> Sizes:
     calls = [n for n in region if n.op == "call_function"]
     fitting = [c for c in candidates if max((_numel(n, c) for n in calls), default=0) <= _BUDGET]
     return (fitting or candidates[-1:])[0]
+
+
+def _likeness(node: Node) -> Node | None:
+    """What an operator such as zeros_like reads for its sizes and type alone: perhaps outside the layer."""
+    return node.all_input_nodes[0] if node.target in _LIKE else None
 
 
 def _gathered(node: Node, sizes: Sizes) -> int:
@@ -262,11 +276,18 @@ class _Run:
             if _is_size(node, self.given):
                 values[node] = _number(node.meta["val"], self.sizes)
             else:
+                if (like := _likeness(node)) is not None and like not in values:
+                    values[like] = self._of_sizes(like)
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = self._implementation(node)(*args, **kwargs)
         found = values[result]
         assert isinstance(found, Tensor)
         return found
+
+    def _of_sizes(self, node: Node) -> Tensor:
+        found = node.meta["val"]
+        dims = [_number(size, self.sizes) for size in found.shape]
+        return torch.empty(dims, dtype=found.dtype, device=found.device)
 
     def _implementation(self, node: Node) -> Callable[..., Any]:
         """A fused op may run in its gathered form, which has no loop over experts, where that is small."""

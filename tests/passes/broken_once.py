@@ -49,10 +49,11 @@ class Layer(capacity.Layer):
 def _dense(m: Layer, x: Tensor) -> Tensor:
     weights, ids = m.top2(x)
     columns = [(weights * (ids == e)).sum(-1, keepdim=True) for e in range(EXPERTS)]
-    first, *rest = [column * expert(x) for column, expert in zip(columns, m.experts, strict=True)]
-    for rows in rest:
-        first = first + rows
-    return first
+    products: list[Tensor] = [column * expert(x) for column, expert in zip(columns, m.experts, strict=True)]
+    out = products[0]
+    for product in products[1:]:
+        out = out + product
+    return out
 
 
 def zeros_of_more_dimensions(m: Layer, x: Tensor) -> Tensor:
@@ -138,6 +139,57 @@ def first_pair_alone(m: Layer, x: Tensor) -> Tensor:
     return out
 
 
+# -- layers that meet ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Several:
+    """Layers of which one reads what another becomes, and how many there are."""
+
+    written: Written
+    layers: int
+
+    def __str__(self) -> str:
+        return self.written.__name__
+
+
+def _gathered(m: Layer, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    hidden = torch.einsum("td,tkdf->tkf", x, m.up[ids]).relu()
+    return (torch.einsum("tkf,tkfd->tkd", hidden, m.down[ids]) * weights[..., None]).sum(1)
+
+
+def _loop(m: Layer, x: Tensor, weights: Tensor, ids: Tensor, out: Tensor) -> Tensor:
+    for e, expert in enumerate(m.experts):
+        tokens, slots = torch.where(ids == e)
+        rows = expert(x[tokens]) * weights[tokens, slots, None]
+        out = out.index_add(0, tokens, rows.to(out.dtype))
+    return out
+
+
+def added_to_another(m: Layer, x: Tensor) -> Tensor:
+    """A loop's sum starts at what other experts gave."""
+    weights, ids = m.top2(x)
+    return _loop(m, x, weights, ids, _gathered(m, x, weights, ids))
+
+
+def zeros_shaped_as_another(m: Layer, x: Tensor) -> Tensor:
+    """Of what other experts gave, the loop needs nothing but its sizes."""
+    weights, ids = m.top2(x)
+    given = _gathered(m, x, weights, ids) + x
+    return given + 2 * _loop(m, x, weights, ids, torch.zeros_like(given))
+
+
+def summed_in_fp32(m: Layer, x: Tensor) -> Tensor:
+    """Three of the experts, added to their tokens in fp32, and then to the tokens themselves."""
+    weights, ids = m.top2(x)
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for e, expert in enumerate(m.experts[:3]):
+        tokens, slots = torch.where(ids == e)
+        out = out.index_add(0, tokens, expert(x[tokens]).float() * weights[tokens, slots, None])
+    return out + x.float()
+
+
+SEVERAL: tuple[Several, ...] = (Several(added_to_another, 2), Several(zeros_shaped_as_another, 2))
 BROKEN: tuple[Broken, ...] = (
     Broken(zeros_of_more_dimensions, "fused"),
     Broken(zeros_of_another_type, "fused"),
