@@ -279,8 +279,10 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
         raise Unproven("R302", "the layer's weights are not all indexed by the same experts")
     x = lift.tokens[str(tokens[0].attrs[0])]
     x = standing.get(x, x)
-    if found.base is not None:
-        found = replace(found, base=standing.get(found.base, found.base))
+    pairs = [
+        replace(p, node=standing.get(p.node, p.node), made_of=_standing(p.made_of, standing)) for p in pairs
+    ]
+    found = replace(found, base=_standing(found.base, standing))
     experts, hidden, slots = counts.pop(), shape(x)[-1], shape(ids)[-1] if has_slots(ids) else 1
     assert isinstance(experts, int) and isinstance(hidden, int) and isinstance(slots, int)
     tokens_of_ids, added = count_tokens(ids), _rows(node)
@@ -297,6 +299,10 @@ def _insert(lift: Lift, node: Node, found: Combined, ids: Node, standing: dict[N
     out = str(dtype(old)).removeprefix("torch.") if old is not node else None
     spec = ExpertsSpec(experts, hidden, terms.body(term, rename), out)
     return _emit(lift, node, old, x, ids, pairs, list(params.values()), spec, slots, found)
+
+
+def _standing(node: Node | None, standing: dict[Node, Node]) -> Node | None:
+    return node if node is None else standing.get(node, node)
 
 
 def _rows(node: Node) -> Size:

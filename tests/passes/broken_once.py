@@ -153,9 +153,10 @@ class Several:
         return self.written.__name__
 
 
-def _gathered(m: Layer, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+def _gathered(m: Layer, x: Tensor, weights: Tensor, ids: Tensor, width: int = WIDTH) -> Tensor:
     hidden = torch.einsum("td,tkdf->tkf", x, m.up[ids]).relu()
-    return (torch.einsum("tkf,tkfd->tkd", hidden, m.down[ids]) * weights[..., None]).sum(1)
+    rows = torch.einsum("tkf,tkfd->tkd", hidden, m.down[:, :, :width][ids])
+    return (rows * weights[..., None]).sum(1)
 
 
 def _loop(m: Layer, x: Tensor, weights: Tensor, ids: Tensor, out: Tensor) -> Tensor:
@@ -179,6 +180,15 @@ def zeros_shaped_as_another(m: Layer, x: Tensor) -> Tensor:
     return given + 2 * _loop(m, x, weights, ids, torch.zeros_like(given))
 
 
+def scored_by_another(m: Layer, x: Tensor) -> Tensor:
+    """What some experts give are the scores by which others are weighed."""
+    weights, ids = m.top2(x)
+    scores = _gathered(m, x, weights, ids, width=EXPERTS)
+    chosen = torch.zeros_like(scores).scatter(1, ids, 1.0) * scores
+    rows = torch.stack([expert(x) for expert in m.experts], dim=1)
+    return (rows * chosen[..., None]).sum(1)
+
+
 def summed_in_fp32(m: Layer, x: Tensor) -> Tensor:
     """Three of the experts, added to their tokens in fp32, and then to the tokens themselves."""
     weights, ids = m.top2(x)
@@ -189,7 +199,11 @@ def summed_in_fp32(m: Layer, x: Tensor) -> Tensor:
     return out + x.float()
 
 
-SEVERAL: tuple[Several, ...] = (Several(added_to_another, 2), Several(zeros_shaped_as_another, 2))
+SEVERAL: tuple[Several, ...] = (
+    Several(added_to_another, 2),
+    Several(zeros_shaped_as_another, 2),
+    Several(scored_by_another, 2),
+)
 BROKEN: tuple[Broken, ...] = (
     Broken(zeros_of_more_dimensions, "fused"),
     Broken(zeros_of_another_type, "fused"),
