@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import Size, aten, same_size, shape, value
+from dsmoe_compiler.ir.graph import VIEWS, Size, aten, same_size, shape, value
 from dsmoe_compiler.passes.lift.axes import count_tokens
 from dsmoe_compiler.passes.lift.state import (
     Lift,
@@ -203,9 +203,9 @@ def expand(lift: Lift, node: Node) -> Value | None:
 
 def tokens_everywhere(lift: Lift, node: Node, experts: int, rank: int = 2) -> Rows | None:
     """x (T, D) or x (1, T, D) where a product broadcasts it over the experts; x of `rank` dimensions."""
-    if node.target is aten.unsqueeze.default and argument(node, "dim") == 0:
-        below = node.args[0]
-        assert isinstance(below, Node)
+    below = node.args[0] if node.op == "call_function" and node.args else None
+    in_front = node.target is aten.unsqueeze.default or node.target in VIEWS
+    if in_front and isinstance(below, Node) and _same_shape(shape(node), (1, *shape(below))):
         node = below
     if not lift.opaque(node) or len(shape(node)) != rank or not value(node).is_floating_point():
         return None
