@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import event, given, note, settings
+from hypothesis import event, given, note, reject, settings
 from hypothesis import strategies as st
 
 from tests.passes import spellings
@@ -186,6 +186,11 @@ def check_example(example: Example) -> None:
     note(str(example))
     spec, (captured, *_) = example.spec, example.shapes
     made = layer(spec, example.dtype)
+    inputs = some_inputs(spec.sizes.width, example.dtype, example.shapes)
+    try:
+        made(inputs[0])
+    except RuntimeError:
+        reject()  # rows that weights of a wider type have scaled do not fit the experts: no such layer runs
     program = compiled(made, captured, spec.sizes.width, verify="off")
     found = only_layer(program)
     if spec.spelling is spellings.dense_scaled_input and (spec.body.biased or spec.body.name == "gpt-oss"):
@@ -193,7 +198,7 @@ def check_example(example: Example) -> None:
     else:
         assert found.fused, str(found.refusal)
     event(spec.spelling.__name__)
-    assert_same(program, made, some_inputs(spec.sizes.width, example.dtype, example.shapes))
+    assert_same(program, made, inputs)
 
 
 @given(examples())
