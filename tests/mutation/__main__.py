@@ -20,6 +20,8 @@ TESTS = (
     "tests/passes/test_loop_lookalikes.py",
     "tests/passes/test_capacity.py",
     "tests/passes/test_mask_counts.py",
+    "tests/passes/test_wild_spellings.py",
+    "tests/passes/test_broken_once.py",
     "tests/adversarial/test_adversarial.py",
 )
 SLOWLY = (

@@ -140,6 +140,15 @@ def slots_weighed_alike(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def slots_unlike(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """The first choice's rows count twice."""
+    out = torch.zeros_like(x)
+    for k in range(m.top_k):
+        y = _one_slot(m, x, ids[:, k])
+        out = out + (y if k else y * 2) * w[:, k, None]
+    return out
+
+
 def slots_of_wider_weights(m: Layer, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     """The weights are the first K columns of more."""
     out, more = torch.zeros_like(x), m.gate(x).softmax(-1)
@@ -337,6 +346,7 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (einsum_summed_too_early, broadcast_first_token)),
     *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (slots_weighed_crosswise, slots_weighed_alike)),
     *(Lookalike(Case(loop, EinsumsTransposed)) for loop in (slots_of_wider_weights, slot_added_twice)),
+    Lookalike(Case(slots_unlike, EinsumsTransposed)),
     Lookalike(Case(sorted_beside_unsorted, EinsumsTransposed, maximum, top_k=1)),
     *(Lookalike(Case(loop)) for loop in (gates_below_zero, gates_above_a_half, filled_gates_above_zero)),
     *(Lookalike(Case(loop)) for loop in (softmax_of_filled, softmax_of_experts, chosen_twice)),
