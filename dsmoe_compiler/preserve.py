@@ -65,6 +65,8 @@ def values_kept(module: nn.Module) -> Iterator[None]:
 class _Written(TorchDispatchMode):
     """Copies parameters right before they are written into: copies of all would weigh what the model does."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.before = dict[int, tuple[Tensor, Tensor]]()
@@ -72,11 +74,10 @@ class _Written(TorchDispatchMode):
         for parameter in module.parameters():
             self._sharing[parameter.untyped_storage()._cdata].append(parameter)
 
-    def __torch_dispatch__(
-        self, func: torch._ops.OpOverload, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func._schema.is_mutable:
-            for formal, argument in zip(func._schema.arguments, args, strict=False):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = getattr(func, "_schema", None)  # torch.cond has none; what it runs is not seen
+        if schema is not None and schema.is_mutable:
+            for formal, argument in zip(schema.arguments, args, strict=False):
                 if formal.alias_info is not None and formal.alias_info.is_write:
                     self._keep(argument)
         return func(*args, **(kwargs or {}))
