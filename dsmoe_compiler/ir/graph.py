@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -134,6 +134,18 @@ def dtype(node: Node) -> torch.dtype:
 def same_size(a: Size, b: Size) -> bool:
     """Whether two sizes are the same number or provably the same expression; never guards."""
     return str(_expression(a)) == str(_expression(b))
+
+
+def same_sizes(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    """Whether two shapes are as long as each other and of the same sizes throughout."""
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def same_shape(a: object, b: object) -> bool:
+    """Whether both are tensors of one shape; an operand may be a number."""
+    if not isinstance(a, Node) or not isinstance(b, Node) or not is_tensor(a) or not is_tensor(b):
+        return False
+    return same_sizes(shape(a), shape(b))
 
 
 def depends_on_data(size: object) -> bool:

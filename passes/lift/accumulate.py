@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import Size, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, same_sizes, shape, value
 from dsmoe_compiler.passes.lift import every_expert
 from dsmoe_compiler.passes.lift.coordinates import Located, located
 from dsmoe_compiler.passes.lift.discover import require_distinct, selected_from
@@ -123,7 +123,7 @@ def masked_scatter(lift: Lift, node: Node) -> Value | None:
     mask = argument(node, "mask")
     if not isinstance(lift.of(mask), Mask) or not same_size(shape(mask)[-1], 1):
         return None
-    if not _same(shape(mask)[:-1], shape(node)[:-1]):
+    if not same_sizes(shape(mask)[:-1], shape(node)[:-1]):
         return None
     at = located(lift, [mask], mask)
     at = at and replace(at, sizes=at.sizes[:-1])
@@ -266,18 +266,14 @@ def weigh(lift: Lift, node: Node) -> Value | None:
         if not is_tensor(weight) or not lift.opaque(weight) or dtype(node) != dtype(added):  # type: ignore[arg-type]
             continue
         assert isinstance(weight, Node) and isinstance(added, Node)
-        if not value(weight).is_floating_point() or not _same(shape(node), shape(added)):
+        if not value(weight).is_floating_point() or not same_sizes(shape(node), shape(added)):
             continue
-        if not _same(shape(weight), (*shape(added)[:-1], 1)):
+        if not same_sizes(shape(weight), (*shape(added)[:-1], 1)):
             continue
         pair = lift.pair(PairSource(weight))
         visits = tuple(replace(v, term=lift.terms.number("mul", (v.term, pair))) for v in so_far.visits)
         return replace(so_far, visits=visits)
     return None
-
-
-def _same(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 def concatenate(lift: Lift, node: Node) -> Value | None:

@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import VIEWS, aten, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import VIEWS, aten, dtype, is_tensor, same_shape, same_size, shape, value
 from dsmoe_compiler.passes.lift.axes import pair_axes, token_axes
 from dsmoe_compiler.passes.lift.kept import (
     chain,
@@ -141,7 +141,7 @@ def weigh_by_scores(lift: Lift, node: Node) -> Value | None:
         source = node.args[hot_at]
         if not isinstance(hot, OneHot) or hot.weight is not None or hot.place is not None:
             continue
-        if not isinstance(scores, Node) or not isinstance(source, Node) or not _same(node, source):
+        if not isinstance(scores, Node) or not isinstance(source, Node) or not same_shape(node, source):
             continue
         matrix = _scores(lift, scores, hot)
         if matrix is not None and dtype(matrix) == dtype(node):
@@ -228,7 +228,7 @@ def _weight(factor: object, found: Value | None) -> Node | None:
 def _times(lift: Lift, node: Node, weights: list[Node], ids: Node) -> Node | None:
     """The product of the pairs' weights as a value of the graph; None where they are none a pair."""
     weights = [_without_slot(lift, w, ids) for w in weights]
-    if not weights or any(not _same(w, ids) or dtype(w) != dtype(node) for w in weights):
+    if not weights or any(not same_shape(w, ids) or dtype(w) != dtype(node) for w in weights):
         return None
     product, *rest = weights
     for other in rest:
@@ -321,12 +321,17 @@ def add(lift: Lift, node: Node) -> Value | None:
     parts = list[OneHot]()
     for operand, other in zip(node.args[:2], reversed(node.args[:2]), strict=True):
         found = lift.of(operand)
-        if isinstance(found, Filled) and found.number == 0 and isinstance(other, Node) and _same(other, node):
+        if (
+            isinstance(found, Filled)
+            and found.number == 0
+            and isinstance(other, Node)
+            and same_shape(other, node)
+        ):
             same = isinstance(rest := lift.of(other), (OneHot, Dispatch)) and dtype(other) == dtype(node)
             return rest if same else None
         own = found.parts if isinstance(found, Dispatch) else (found,)
         seats = [p for p in own if isinstance(p, OneHot) and p.place is not None and not p.hidden]
-        if len(seats) < len(own) or not isinstance(operand, Node) or not _same(operand, node):
+        if len(seats) < len(own) or not isinstance(operand, Node) or not same_shape(operand, node):
             return None
         parts += seats
     one_each = len({p.ids for p in parts}) == len(parts) >= 2
@@ -481,7 +486,7 @@ def _joint(lift: Lift, near: Node, parts: Sequence[Node]) -> Node | None:
     """Values of one slot each as one of all slots."""
     if len(parts) == 1:
         return parts[0]
-    if any(not _same(p, parts[0]) or dtype(p) != dtype(parts[0]) for p in parts):
+    if any(not same_shape(p, parts[0]) or dtype(p) != dtype(parts[0]) for p in parts):
         return None
     like = value(parts[0]).new_empty((*shape(parts[0]), len(parts)))
     return lift.make(aten.stack.default, (list(parts), -1), like, tuple(parts))
@@ -572,13 +577,6 @@ def together(lift: Lift, node: Node) -> Value | None:
         visits.append(Visit(e, part.term))
     term = reroll(lift, 1, visits)
     return Rows(replace(capacity, axis=dim), term, first.lead + stacks, first.trail)
-
-
-def _same(a: Node, b: Node) -> bool:
-    """Whether both are tensors of one shape; an operand may be a size."""
-    if not is_tensor(a) or not is_tensor(b):
-        return False
-    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

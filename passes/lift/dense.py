@@ -18,7 +18,16 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import Size, aten, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import (
+    aten,
+    dtype,
+    is_tensor,
+    same_shape,
+    same_size,
+    same_sizes,
+    shape,
+    value,
+)
 from dsmoe_compiler.passes.lift.axes import order_of, token_sizes
 from dsmoe_compiler.passes.lift.discover import require_distinct
 from dsmoe_compiler.passes.lift.masks import hot, plain
@@ -43,7 +52,7 @@ def scatter(lift: Lift, node: Node) -> Value | None:
     if not value(node).is_floating_point():
         return MultiHot(ids, experts) if base.number == 0 and written == 1 else None
     if isinstance(written, Node):
-        if not is_tensor(written) or not lift.opaque(written) or not _same_shape(written, ids):
+        if not is_tensor(written) or not lift.opaque(written) or not same_shape(written, ids):
             return None
         source = PairSource(written, ids, fill=base.number)
     elif written == 1 and base.number == 0:
@@ -80,7 +89,7 @@ def weigh_one_hot(lift: Lift, node: Node) -> Value | None:
         if found is None or not is_tensor(weight):
             continue
         assert isinstance(weight, Node)
-        if not _same(shape(weight), (*shape(node)[:-1], 1)) or not value(weight).is_floating_point():
+        if not same_sizes(shape(weight), (*shape(node)[:-1], 1)) or not value(weight).is_floating_point():
             continue
         below = weight.args[0] if weight.target is aten.unsqueeze.default else weight
         if not isinstance(below, Node) or not lift.opaque(below) or "1" in found.axes:
@@ -149,7 +158,7 @@ def weigh_rows(lift: Lift, node: Node) -> Value | None:
 
 
 def _keep_rows(node: Node, operands: Sequence[object], lead: int) -> bool:
-    return all(isinstance(o, Node) and _same(shape(o)[:lead], shape(node)[:lead]) for o in operands)
+    return all(isinstance(o, Node) and same_sizes(shape(o)[:lead], shape(node)[:lead]) for o in operands)
 
 
 def choose(lift: Lift, node: Node) -> Value | None:
@@ -162,9 +171,9 @@ def choose(lift: Lift, node: Node) -> Value | None:
         if not value(other).is_floating_point() or dtype(other) != dtype(node):
             continue
         rank = len(shape(node))
-        if not _same(shape(other), shape(node)) or not same_size(shape(node)[-1], found.experts):
+        if not same_sizes(shape(other), shape(node)) or not same_size(shape(node)[-1], found.experts):
             continue
-        if not _same(shape(node)[:-1], token_sizes(found.ids)):
+        if not same_sizes(shape(node)[:-1], token_sizes(found.ids)):
             continue
         require_distinct(found.ids)
         leaf = lift.pair(PairSource(other, found.ids, matrix=True, fill=0.0))
@@ -187,7 +196,7 @@ def scale_matrix(lift: Lift, node: Node) -> Value | None:
         if (
             source.mask
             and not divides
-            and _same_shape(other, node)
+            and same_shape(other, node)
             and value(node).dtype == value(other).dtype
         ):
             return rows.like(lift.pair(PairSource(other, source.ids, matrix=True, fill=0.0)))
@@ -230,17 +239,9 @@ def _scales(lift: Lift, other: Node, node: Node, divides: bool) -> bool:
     """An opaque floating value (T, 1), or (T, E) where it does not divide: 0 / 0 would be NaN off the ids."""
     if not is_tensor(other) or not value(other).is_floating_point():
         return False
-    if not _same(shape(other)[:-1], shape(node)[:-1]) or not lift.opaque(other):
+    if not same_sizes(shape(other)[:-1], shape(node)[:-1]) or not lift.opaque(other):
         return False
-    return same_size(shape(other)[-1], 1) or (not divides and _same_shape(other, node))
-
-
-def _same_shape(a: Node, b: Node) -> bool:
-    return _same(shape(a), shape(b))
-
-
-def _same(a: Sequence[Size], b: Sequence[Size]) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
+    return same_size(shape(other)[-1], 1) or (not divides and same_shape(other, node))
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import Size, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, same_sizes, shape, value
 from dsmoe_compiler.passes.lift.discover import selected_from
 from dsmoe_compiler.passes.lift.masks import listed, listing
 from dsmoe_compiler.passes.lift.reroll import reroll
@@ -71,7 +71,7 @@ def _visited(lift: Lift, node: Node, weight: Column, at: object, rows: object) -
     if not isinstance(rows, Node) or not lift.opaque(rows) or len(shape(rows)) < 2:
         return None
     width = shape(node)[-1]
-    same = _same(shape(rows), shape(node)) and _same(shape(at), (*shape(rows)[:-1], 1))  # type: ignore[arg-type]
+    same = same_sizes(shape(rows), shape(node)) and same_sizes(shape(at), (*shape(rows)[:-1], 1))  # type: ignore[arg-type]
     if not same or dtype(rows) != dtype(node) or not isinstance(width, int) or rows.op != "call_function":
         return None
     own = weight.domain
@@ -124,7 +124,9 @@ def scale(lift: Lift, node: Node) -> Value | None:
         if not is_tensor(weight) or not lift.opaque(weight) or dtype(node) != dtype(added):
             continue
         assert isinstance(weight, Node)
-        if not _same(shape(node), shape(added)) or not _same(shape(weight), (*shape(added)[:-1], 1)):
+        if not same_sizes(shape(node), shape(added)) or not same_sizes(
+            shape(weight), (*shape(added)[:-1], 1)
+        ):
             continue
         if not value(weight).is_floating_point():
             continue
@@ -148,7 +150,7 @@ def add(lift: Lift, node: Node) -> Value | None:
         if any(not is_tensor(a) or dtype(a) != dtype(node) for a in node.args[:2]):  # type: ignore[arg-type]
             return None
         assert isinstance(other, Node)
-        if isinstance(found, Filled) and found.number == 0 and _same(shape(other), shape(node)):
+        if isinstance(found, Filled) and found.number == 0 and same_sizes(shape(other), shape(node)):
             return so_far
         if isinstance(found, DenseSum):
             if found.ids is not so_far.ids or (found.base is not None and so_far.base is not None):
@@ -158,7 +160,7 @@ def add(lift: Lift, node: Node) -> Value | None:
                 raise Unproven("R307", "an expert's rows are added twice")
             return replace(so_far, visits=visits, base=so_far.base or found.base)
         unfinished = len(so_far.visits) < (selected_from(so_far.ids) or 0)
-        fits = is_tensor(other) and _same(shape(other), shape(node)) and lift.opaque(other)
+        fits = is_tensor(other) and same_sizes(shape(other), shape(node)) and lift.opaque(other)
         if fits and unfinished and so_far.base is None:
             return replace(so_far, base=other)
     return None
@@ -250,7 +252,7 @@ def _are_weights(lift: Lift, numbers: Sequence[Node], source: Node, ids: Node) -
     return all(
         value(n).is_floating_point()
         and lift.opaque(n)
-        and (_same(shape(n), lead) or _same(shape(n), (*lead, 1)))
+        and (same_sizes(shape(n), lead) or same_sizes(shape(n), (*lead, 1)))
         for n in numbers
     )
 
@@ -303,7 +305,7 @@ def gather(lift: Lift, node: Node) -> Value | None:
     if dim != rows.domain.axis or len(rows.trail) != 1 or ids is None or len(shape(ids)) != rows.lead:
         return None
     root = lift.ids_root(ids)
-    if root is None or not has_slots(root[0]) or not _same(shape(root[0]), shape(ids)):
+    if root is None or not has_slots(root[0]) or not same_sizes(shape(root[0]), shape(ids)):
         return None
     return Rows(Pairs(*root), rows.term, rows.lead, rows.trail) if shape(index)[-1] == rows.width else None
 
@@ -316,7 +318,7 @@ def index(lift: Lift, node: Node) -> Value | None:
     ids, numbers = indices[rows.domain.axis], indices[1 - rows.domain.axis]
     if not isinstance(ids, Node) or not isinstance(numbers, Node) or (root := lift.ids_root(ids)) is None:
         return None
-    if not _same(shape(root[0]), shape(ids)) or not _numbers_tokens(lift, numbers, ids):
+    if not same_sizes(shape(root[0]), shape(ids)) or not _numbers_tokens(lift, numbers, ids):
         return None
     if has_slots(ids) != (len(shape(ids)) == 2):
         return None
@@ -326,12 +328,12 @@ def index(lift: Lift, node: Node) -> Value | None:
 def _numbers_tokens(lift: Lift, numbers: Node, ids: Node) -> bool:
     """Whether a value is 0, 1, … for the tokens: (T, 1) beside ids (T, K), (T,) beside (T,)."""
     if len(shape(ids)) == 2 and operator_name(numbers) in ("aten::unsqueeze", "aten::view", "aten::reshape"):
-        if not _same(shape(numbers), (*shape(ids)[:1], 1)):
+        if not same_sizes(shape(numbers), (*shape(ids)[:1], 1)):
             return False
         below = numbers.args[0]
         assert isinstance(below, Node)
         numbers = below
-    return isinstance(lift.of(numbers), Range) and _same(shape(numbers), shape(ids)[:1])
+    return isinstance(lift.of(numbers), Range) and same_sizes(shape(numbers), shape(ids)[:1])
 
 
 def _spread(node: Node) -> Node | None:
@@ -346,10 +348,6 @@ def _spread(node: Node) -> Node | None:
     below = column.args[0]
     same = all(map(same_size, shape(node)[: rank - 1], shape(column)[: rank - 1]))
     return below if isinstance(below, Node) and same and len(shape(node)) == rank else None
-
-
-def _same(a: Sequence[Size], b: Sequence[Size]) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import VIEWS, Size, aten, same_size, shape, value
+from dsmoe_compiler.ir.graph import VIEWS, aten, same_size, same_sizes, shape, value
 from dsmoe_compiler.passes.lift.axes import count_tokens
 from dsmoe_compiler.passes.lift.state import (
     Lift,
-    NotStatic,
     PairSource,
     Rule,
     Unproven,
     argument,
     has_slots,
     operator_name,
+    static,
 )
 from dsmoe_compiler.passes.lift.values import (
     Everywhere,
@@ -73,7 +73,7 @@ def _take(lift: Lift, source: Node, at: Node) -> Value | None:
         numbered = position.domain == Pairs(None, slots)
         if numbered and not same_size(shape(at)[0], shape(source)[0] * slots):
             return None
-        return Rows(position.domain, lift.token(source), 1, _static(shape(source)[1:]))
+        return Rows(position.domain, lift.token(source), 1, static(shape(source)[1:]))
     if isinstance(position, Permutation) and lift.opaque(source):
         return _permuted_weights(lift, source, position)
     if (parameter := lift.expert_parameter(source)) is None:
@@ -86,7 +86,7 @@ def _take(lift: Lift, source: Node, at: Node) -> Value | None:
             return None
         domain, lead = Pairs(*root), len(shape(at))
     tensor, flipped = parameter
-    trail = _static(shape(source)[1:])
+    trail = static(shape(source)[1:])
     if len(trail) > 2 or (len(trail) == 2 and 1 in trail):
         return None
     return Rows(domain, lift.expert(tensor), lead, trail, flipped)
@@ -111,7 +111,7 @@ def _reorder(rows: Rows, position: Value | None) -> Value | None:
 def _permuted_weights(lift: Lift, source: Node, position: Permutation) -> Value | None:
     if not is_pair_shaped(source, position.domain) or len(shape(source)) > 2:
         return None
-    return Rows(position.domain, lift.pair(PairSource(source)), 1, _static(shape(source)[1:]))
+    return Rows(position.domain, lift.pair(PairSource(source)), 1, static(shape(source)[1:]))
 
 
 def is_pair_shaped(node: Node, domain: Pairs | OneExpert) -> bool:
@@ -122,13 +122,9 @@ def is_pair_shaped(node: Node, domain: Pairs | OneExpert) -> bool:
         return False
     sizes, own, tokens = shape(node), shape(domain.ids), count_tokens(domain.ids)
     shapes = (own, (tokens, domain.slots), (tokens * domain.slots,))
-    if sizes and same_size(sizes[-1], 1) and not _same_shape(sizes, own):
+    if sizes and same_size(sizes[-1], 1) and not same_sizes(sizes, own):
         sizes = sizes[:-1]
-    return any(_same_shape(sizes, s) for s in shapes)
-
-
-def _same_shape(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+    return any(same_sizes(sizes, s) for s in shapes)
 
 
 def repeat_interleave(lift: Lift, node: Node) -> Value | None:
@@ -145,7 +141,7 @@ def repeat_interleave(lift: Lift, node: Node) -> Value | None:
     assert isinstance(tokens, Node)
     if len(shape(tokens)) != 2 or not value(tokens).is_floating_point():
         return None
-    return Rows(Pairs(None, slots), lift.token(tokens), 1, _static(shape(tokens)[1:]))
+    return Rows(Pairs(None, slots), lift.token(tokens), 1, static(shape(tokens)[1:]))
 
 
 def spread_numbers(lift: Lift, node: Node) -> Value | None:
@@ -177,7 +173,7 @@ def repeat(lift: Lift, node: Node) -> Value | None:
     assert isinstance(tokens, Node)
     if len(shape(tokens)) != 2 or not value(tokens).is_floating_point():
         return None
-    return Rows(Everywhere(times[0]), lift.token(tokens), 1, _static(shape(tokens)[1:]))
+    return Rows(Everywhere(times[0]), lift.token(tokens), 1, static(shape(tokens)[1:]))
 
 
 def expand(lift: Lift, node: Node) -> Value | None:
@@ -186,8 +182,8 @@ def expand(lift: Lift, node: Node) -> Value | None:
     assert isinstance(source, Node)
     sizes = shape(node)
     if (rows := lift.rows(source)) is not None:
-        same_rows = _same_shape(sizes[: rows.lead], shape(source)[: rows.lead])
-        return rows if same_rows and _same_shape(rows.trail, sizes[rows.lead :]) else None
+        same_rows = same_sizes(sizes[: rows.lead], shape(source)[: rows.lead])
+        return rows if same_rows and same_sizes(rows.trail, sizes[rows.lead :]) else None
     if source.target is not aten.unsqueeze.default or not lift.opaque(source.args[0]) or len(sizes) != 3:
         return None
     tokens, at = source.args[0], argument(source, "dim")
@@ -195,27 +191,21 @@ def expand(lift: Lift, node: Node) -> Value | None:
     many = sizes[at] if at in (0, 1) else None
     if len(shape(tokens)) != 2 or not isinstance(many, int) or not value(tokens).is_floating_point():
         return None
-    if not _same_shape(shape(tokens), (sizes[1 - at], sizes[2])):
+    if not same_sizes(shape(tokens), (sizes[1 - at], sizes[2])):
         return None
     domain = Everywhere(many) if at == 0 else Pairs(None, many)
-    return Rows(domain, lift.token(tokens), 2, _static(shape(tokens)[1:]))
+    return Rows(domain, lift.token(tokens), 2, static(shape(tokens)[1:]))
 
 
 def tokens_everywhere(lift: Lift, node: Node, experts: int, rank: int = 2) -> Rows | None:
     """x (T, D) or x (1, T, D) where a product broadcasts it over the experts; x of `rank` dimensions."""
     below = node.args[0] if node.op == "call_function" and node.args else None
     in_front = node.target is aten.unsqueeze.default or node.target in VIEWS
-    if in_front and isinstance(below, Node) and _same_shape(shape(node), (1, *shape(below))):
+    if in_front and isinstance(below, Node) and same_sizes(shape(node), (1, *shape(below))):
         node = below
     if not lift.opaque(node) or len(shape(node)) != rank or not value(node).is_floating_point():
         return None
-    return Rows(Everywhere(experts), lift.token(node), rank, _static(shape(node)[-1:]))
-
-
-def _static(sizes: tuple[Size, ...]) -> tuple[int, ...]:
-    if not all(isinstance(s, int) for s in sizes):
-        raise NotStatic
-    return tuple(int(s) for s in sizes)
+    return Rows(Everywhere(experts), lift.token(node), rank, static(shape(node)[-1:]))
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

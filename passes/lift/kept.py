@@ -27,7 +27,7 @@ from dsmoe_compiler.ir.graph import (
     aten,
     dtype,
     is_tensor,
-    same_size,
+    same_shape,
     shape,
     value,
 )
@@ -167,7 +167,7 @@ def keep(lift: Lift, node: Node) -> Value | None:
             continue
         source = node.args[hot_at]
         assert isinstance(source, Node)
-        if not keeps(lift, mask) or not _same(node, source):
+        if not keeps(lift, mask) or not same_shape(node, source):
             continue
         assert isinstance(mask, Node)
         found = lift.of(mask)
@@ -210,7 +210,7 @@ def keep_weights(lift: Lift, node: Node) -> Value | None:
         assert isinstance(weight, Node) and isinstance(mask, Node)
         if not value(weight).is_floating_point() or not lift.opaque(weight):
             continue
-        if not _same(node, weight) or not _same(node, mask):
+        if not same_shape(node, weight) or not same_shape(node, mask):
             continue
         return _kept_weights(lift, weight, mask, found)
     return None
@@ -237,9 +237,9 @@ def select_weights(lift: Lift, node: Node) -> Value | None:
     if not isinstance(found, (Flags, Within)) or "E" in found.axes or not is_tensor(weight):
         return None
     assert isinstance(weight, Node) and isinstance(mask, Node)
-    if not value(weight).is_floating_point() or not lift.opaque(weight) or not _same(weight, mask):
+    if not value(weight).is_floating_point() or not lift.opaque(weight) or not same_shape(weight, mask):
         return None
-    return _kept_weights(lift, weight, mask, found) if _same(node, weight) else None
+    return _kept_weights(lift, weight, mask, found) if same_shape(node, weight) else None
 
 
 def _kept_weights(lift: Lift, weight: Node, mask: Node, found: Flags | Within) -> Value | None:
@@ -272,10 +272,6 @@ def cast_weights(lift: Lift, node: Node) -> Value | None:
     cast = value(found.weight).to(dtype(node))
     weight = lift.make(aten.to.dtype, (found.weight, dtype(node)), cast, (found.weight,))
     return replace(found, weight=weight)
-
-
-def _same(a: Node, b: Node) -> bool:
-    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

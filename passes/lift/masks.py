@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import Size, dtype, is_tensor, same_size, shape
+from dsmoe_compiler.ir.graph import dtype, is_tensor, same_sizes, shape
 from dsmoe_compiler.passes.lift.axes import order_of, pair_axes, token_axes, viewed
 from dsmoe_compiler.passes.lift.discover import require_distinct
 from dsmoe_compiler.passes.lift.state import Lift, Rule, argument, operator_name
@@ -28,7 +28,7 @@ def equals(lift: Lift, node: Node) -> Value | None:
     if not isinstance(ids, Node) or number is None:
         return None
     if (column := slot_of(ids)) is not None and (root := lift.ids_root(column[0])) is not None:
-        whole = _same(shape(column[0]), shape(root[0]))
+        whole = same_sizes(shape(column[0]), shape(root[0]))
         return Mask(*root, number, token_axes(root[0]), column[1]) if whole else None
     if (root := lift.ids_root(ids)) is None:
         return None
@@ -234,10 +234,6 @@ def listed(mask: Mask) -> OneExpert | None:
     if order == "T" and mask.slot is None:
         require_distinct(mask.ids)
     return OneExpert(mask.ids, mask.slots, mask.expert, _ORDERS[order], mask.slot)
-
-
-def _same(a: tuple[Size, ...], b: tuple[Size, ...]) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

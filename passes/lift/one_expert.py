@@ -11,13 +11,20 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import Size, aten, same_size, shape, value
+from dsmoe_compiler.ir.graph import aten, same_size, same_sizes, shape, value
 from dsmoe_compiler.passes.lift.coordinates import Located, located
 from dsmoe_compiler.passes.lift.discover import require_distinct, selected_from
 from dsmoe_compiler.passes.lift.gather import is_pair_shaped
 from dsmoe_compiler.passes.lift.kept import descends
 from dsmoe_compiler.passes.lift.masks import slot_of
-from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, argument, operator_name
+from dsmoe_compiler.passes.lift.state import (
+    Lift,
+    PairSource,
+    Rule,
+    argument,
+    operator_name,
+    static,
+)
 from dsmoe_compiler.passes.lift.values import (
     Column,
     Filled,
@@ -82,9 +89,9 @@ def _of_pairs(lift: Lift, source: Node, at: Located) -> Value | None:
     """w[tokens, slots], w[mask], w.flatten()[pairs]."""
     if not lift.opaque(source) or not value(source).is_floating_point():
         return None
-    if not _same(shape(source)[: at.rank], at.sizes):
+    if not same_sizes(shape(source)[: at.rank], at.sizes):
         return None
-    return _weights(lift, source, at.domain, _static(shape(source)[at.rank :]))
+    return _weights(lift, source, at.domain, static(shape(source)[at.rank :]))
 
 
 def _of_tokens(lift: Lift, source: Node, at: Located) -> Value | None:
@@ -93,11 +100,11 @@ def _of_tokens(lift: Lift, source: Node, at: Located) -> Value | None:
     if isinstance(found, Column):
         return _at_column(lift, found, domain) if len(shape(source)) - len(found.trail) == rank else None
     if (weight := _only_weight(lift, source, domain)) is not None:
-        return _weights(lift, weight, domain, _static(shape(source)[rank:]))
+        return _weights(lift, weight, domain, static(shape(source)[rank:]))
     if len(shape(source)) != rank + 1 or not value(source).is_floating_point():
         return _column_of_matrix(lift, source, at)
     if isinstance(found, (PartialSum, Filled)) or lift.opaque(source):
-        return Rows(domain, lift.token(source), 1, _static(shape(source)[rank:]))
+        return Rows(domain, lift.token(source), 1, static(shape(source)[rank:]))
     return None
 
 
@@ -120,7 +127,7 @@ def _without_ones(node: Node) -> Node:
         below = node.args[0]
         if not isinstance(below, Node) or not same_size(shape(node)[-1], 1):
             break
-        if not _same(shape(node)[:-1], shape(below)):
+        if not same_sizes(shape(node)[:-1], shape(below)):
             break
         node = below
     return node
@@ -153,16 +160,6 @@ def _weights(lift: Lift, source: Node, domain: OneExpert, trail: tuple[int, ...]
     if any(size != 1 for size in trail):
         return None
     return Rows(domain, lift.pair(PairSource(source)), 1, trail)
-
-
-def _same(a: Sequence[Size], b: Sequence[Size]) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
-
-
-def _static(sizes: Sequence[Size]) -> tuple[int, ...]:
-    if not all(isinstance(s, int) for s in sizes):
-        raise NotStatic
-    return tuple(int(s) for s in sizes)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

@@ -18,7 +18,18 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import CASTS, COPIES, VIEWS, Size, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import (
+    CASTS,
+    COPIES,
+    VIEWS,
+    Size,
+    dtype,
+    is_tensor,
+    same_shape,
+    same_size,
+    shape,
+    value,
+)
 from dsmoe_compiler.passes.lift.axes import pair_axes, token_axes
 from dsmoe_compiler.passes.lift.kept import descends, dropped, keeps
 from dsmoe_compiler.passes.lift.state import Lift, Rule, argument, operator_name
@@ -91,7 +102,7 @@ def shift(lift: Lift, node: Node) -> Value | None:
     if isinstance(right, int) and not isinstance(right, bool):
         return _moved(found, sign * right)
     other = lift.of(right)
-    if not isinstance(found, Queue) or not isinstance(left, Node) or not _same(node, left):
+    if not isinstance(found, Queue) or not isinstance(left, Node) or not same_shape(node, left):
         return None
     if isinstance(other, OneHot) and _is_plain(other) and (other.ids, other.axes) == (found.ids, found.axes):
         return _moved(found, sign)
@@ -224,7 +235,7 @@ def mask_place(lift: Lift, node: Node) -> Value | None:
         if not isinstance(place, Place) or not keeps(lift, mask):
             continue
         assert isinstance(mask, Node)
-        if not _same(node, mask) or dtype(node) not in _EXACT:
+        if not same_shape(node, mask) or dtype(node) not in _EXACT:
             return None
         found = lift.of(mask)
         if isinstance(found, Flags) and found.axes == place.axes and descends(lift, found.ids, place.of):
@@ -342,10 +353,6 @@ def _named(axes: str, sizes: dict[str, Size], new: tuple[Size, ...]) -> str | No
         else:
             return None
     return None if left else names
-
-
-def _same(a: Node, b: Node) -> bool:
-    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, shape
+from dsmoe_compiler.ir.graph import dtype, is_tensor, same_shape, same_size, shape
 from dsmoe_compiler.passes.lift.masks import slot_of
 from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, Unproven, argument, operator_name
 from dsmoe_compiler.passes.lift.values import Combined, Filled, Pairs, Rows, SlotSum, Value
@@ -39,7 +39,7 @@ def _slots(lift: Lift, node: Node, operand: object) -> SlotSum | Filled | None:
     found = lift.of(operand)
     if not isinstance(operand, Node) or not is_tensor(operand) or dtype(operand) != dtype(node):
         return None
-    if not _same(operand, node):
+    if not same_shape(operand, node):
         return None
     if isinstance(found, Filled):
         return found if found.number == 0 else None
@@ -64,16 +64,12 @@ def _of_slot(lift: Lift, term: int, ids: Node, slot: int) -> int:
     if step.op == "pair":
         source = lift.sources[str(step.attrs[0])]
         column = _column(source.node) if source == PairSource(source.node) else None
-        if column is None or column[1] != slot or not _same(column[0], ids):
+        if column is None or column[1] != slot or not same_shape(column[0], ids):
             because = f"slot {slot} is weighed by %{source.node.name}, which is not its column of the weights"
             raise Unproven("R302", because)
         return lift.pair(PairSource(column[0]))
     args = tuple(_of_slot(lift, a, ids, slot) for a in step.args)
     return lift.terms.number(step.op, args, step.attrs) if args else term
-
-
-def _same(a: Node, b: Node) -> bool:
-    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
 
 
 def _column(node: Node) -> tuple[Node, int] | None:

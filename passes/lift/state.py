@@ -20,6 +20,7 @@ from dsmoe_compiler.ir.graph import (
     COPIES,
     VIEWS,
     ProgramGraph,
+    Size,
     alias_root,
     dtype,
     is_tensor,
@@ -489,6 +490,13 @@ def has_slots(ids: Node) -> bool:
             return True
         ids = below
     return len(shape(ids)) > 1
+
+
+def static(sizes: Sequence[Size]) -> tuple[int, ...]:
+    """Sizes as numbers. Raises NotStatic where one varies."""
+    if not all(isinstance(s, int) for s in sizes):
+        raise NotStatic
+    return tuple(int(s) for s in sizes)
 
 
 def operator_name(node: Node) -> str:

@@ -7,18 +7,17 @@ dense weights (T, E)[:, e]      the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch.fx import Node
 
-from dsmoe_compiler.ir.graph import Size, dtype, is_tensor, same_size, shape, value
+from dsmoe_compiler.ir.graph import dtype, is_tensor, same_size, same_sizes, shape, value
 from dsmoe_compiler.passes.lift.axes import count_tokens
 from dsmoe_compiler.passes.lift.combine import vanishes
 from dsmoe_compiler.passes.lift.dense import as_dense
 from dsmoe_compiler.passes.lift.discover import require_distinct
 from dsmoe_compiler.passes.lift.masks import listed, listing
-from dsmoe_compiler.passes.lift.state import Lift, NotStatic, PairSource, Rule, argument
+from dsmoe_compiler.passes.lift.state import Lift, PairSource, Rule, argument, static
 from dsmoe_compiler.passes.lift.values import (
     Column,
     Everywhere,
@@ -36,7 +35,7 @@ def mask_weights(lift: Lift, node: Node) -> Value | None:
     """w * (ids == e)."""
     for mask_at, weight_at in ((0, 1), (1, 0)):
         found = lift.of(node.args[mask_at])
-        if isinstance(found, Mask) and _same(shape(node.args[mask_at]), shape(node)):  # type: ignore[arg-type]
+        if isinstance(found, Mask) and same_sizes(shape(node.args[mask_at]), shape(node)):  # type: ignore[arg-type]
             return _masked(lift, node, found, node.args[weight_at])
     return None
 
@@ -47,7 +46,7 @@ def select_weights(lift: Lift, node: Node) -> Value | None:
         return None
     mask, weight, other = lift.of(node.args[0]), node.args[1], node.args[2]
     zero = other == 0 or (isinstance(found := lift.of(other), Filled) and found.number == 0)
-    if not isinstance(mask, Mask) or not zero or not _same(shape(node.args[0]), shape(node)):  # type: ignore[arg-type]
+    if not isinstance(mask, Mask) or not zero or not same_sizes(shape(node.args[0]), shape(node)):  # type: ignore[arg-type]
         return None
     return _masked(lift, node, mask, weight)
 
@@ -56,7 +55,7 @@ def fill_weights(lift: Lift, node: Node) -> Value | None:
     """w.masked_fill(ids != e, 0)."""
     found, number = lift.of(argument(node, "mask")), argument(node, "value")
     mask = argument(node, "mask")
-    if not isinstance(found, Outside) or number != 0 or not _same(shape(mask), shape(node)):
+    if not isinstance(found, Outside) or number != 0 or not same_sizes(shape(mask), shape(node)):
         return None
     return _masked(lift, node, found.mask, node.args[0])
 
@@ -68,14 +67,14 @@ def _masked(lift: Lift, node: Node, mask: Mask, weight: object) -> MaskedWeights
     sizes = shape(node)
     if len(sizes) != len(mask.axes) or not lift.opaque(weight) or dtype(node) != dtype(weight):
         return None
-    if not _same(shape(weight), sizes) or (domain := listed(mask)) is None:
+    if not same_sizes(shape(weight), sizes) or (domain := listed(mask)) is None:
         return None
     match listing(mask):
         case "TK" if mask.axes[-1] == "K":
             return MaskedWeights(domain, lift.pair(PairSource(weight)))
         case "T" if mask.slots == 1 and mask.slot is None:
             tokens = len(mask.axes.rstrip("1"))
-            return Column(domain, lift.pair(PairSource(weight)), _static(sizes[tokens:]), zero=True)
+            return Column(domain, lift.pair(PairSource(weight)), static(sizes[tokens:]), zero=True)
     return None
 
 
@@ -141,8 +140,8 @@ def reshape_column(lift: Lift, node: Node) -> Value | None:
     old, new = shape(source), shape(node)
     lead = old[: len(old) - len(found.trail)]
     for tokens in (lead, (count_tokens(found.domain.ids),)):
-        if _same(new[: len(tokens)], tokens) and all(same_size(s, 1) for s in new[len(tokens) :]):
-            return replace(found, trail=_static(new[len(tokens) :]))
+        if same_sizes(new[: len(tokens)], tokens) and all(same_size(s, 1) for s in new[len(tokens) :]):
+            return replace(found, trail=static(new[len(tokens) :]))
     return None
 
 
@@ -153,16 +152,6 @@ def cast_weights(lift: Lift, node: Node) -> Value | None:
         return None
     term = lift.terms.number("cast", (found.term,), (str(dtype(node)).removeprefix("torch."),))
     return replace(found, term=term)
-
-
-def _same(a: Sequence[Size], b: Sequence[Size]) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
-
-
-def _static(sizes: Sequence[Size]) -> tuple[int, ...]:
-    if not all(isinstance(s, int) for s in sizes):
-        raise NotStatic
-    return tuple(int(s) for s in sizes)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
