@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
 from dsmoe_compiler.cli.input_option import ExampleInput, input_option
-from dsmoe_compiler.cli.model_argument import is_saved_program, resolve
-from dsmoe_compiler.cli.stages import Stage, load_modules, stages
-from dsmoe_compiler.report.report import Report
+from dsmoe_compiler.cli.model_report import model_report
+from dsmoe_compiler.cli.stages import stages
 
 
 @click.command("explain", short_help="Say why layers of MODEL are not fused, and what it would take.")
@@ -38,7 +36,7 @@ def explain(text: str, inputs: tuple[ExampleInput, ...], wanted: str | None, as_
       dsmoe explain tiny.pt2 --json
     """
     with stages() as stage:
-        report, notes = _report(text, inputs, stage)
+        report, notes = model_report(text, inputs, stage)
     from dsmoe_compiler.cli.one_layer import chosen_layer
     from dsmoe_compiler.report.explained import group, records
 
@@ -57,17 +55,3 @@ def explain(text: str, inputs: tuple[ExampleInput, ...], wanted: str | None, as_
     from dsmoe_compiler.cli.paint import console, print_explanation
 
     print_explanation(console(), report, alike)
-
-
-def _report(text: str, inputs: tuple[ExampleInput, ...], stage: Stage) -> tuple[Report, tuple[str, ...]]:
-    load_modules(stage, "dsmoe_compiler.api")
-    from dsmoe_compiler import api, program
-
-    if is_saved_program(text):
-        if inputs:
-            raise click.UsageError("--input has no meaning for a .pt2 file: it is not captured again.")
-        stage(f"load {text}")
-        return program.load(Path(text)).report, ()
-    stage(f"build {text}")
-    call = resolve(text, inputs, with_weights=False)
-    return api.inspect(call.model, call.args, call.kwargs, progress=stage), call.notes

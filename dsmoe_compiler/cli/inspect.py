@@ -9,6 +9,7 @@ import click
 
 from dsmoe_compiler.cli.input_option import ExampleInput, input_option
 from dsmoe_compiler.cli.model_argument import is_saved_program, resolve
+from dsmoe_compiler.cli.model_report import model_report
 from dsmoe_compiler.cli.stages import Stage, load_modules, stages
 from dsmoe_compiler.report.report import Report
 
@@ -58,7 +59,7 @@ def inspect_model(
         require_drawing_place(graph)
     with stages() as stage:
         if graph is None and wanted is None:
-            (report, notes), anatomy = _report(text, inputs, stage), None
+            (report, notes), anatomy = model_report(text, inputs, stage), None
         else:
             report, notes, anatomy = _anatomy(text, inputs, wanted, stage)
         if graph is not None and anatomy is not None:
@@ -83,20 +84,6 @@ def _print(report: Report, as_json: bool) -> None:
     from dsmoe_compiler.cli.paint import console, print_report
 
     print_report(console(), report)
-
-
-def _report(text: str, inputs: tuple[ExampleInput, ...], stage: Stage) -> tuple[Report, tuple[str, ...]]:
-    load_modules(stage, "dsmoe_compiler.api")
-    from dsmoe_compiler import api, program
-
-    if is_saved_program(text):
-        if inputs:
-            raise click.UsageError("--input has no meaning for a .pt2 file: it is not captured again.")
-        stage(f"load {text}")
-        return program.load(Path(text)).report, ()
-    stage(f"build {text}")
-    call = resolve(text, inputs, with_weights=False)
-    return api.inspect(call.model, call.args, call.kwargs, progress=stage), call.notes
 
 
 def _anatomy(
