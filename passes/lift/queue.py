@@ -31,7 +31,7 @@ from dsmoe_compiler.ir.graph import (
     value,
 )
 from dsmoe_compiler.passes.lift.axes import pair_axes, token_axes
-from dsmoe_compiler.passes.lift.kept import descends, dropped, keeps
+from dsmoe_compiler.passes.lift.kept import descends, dropped, keeps, limits_of
 from dsmoe_compiler.passes.lift.state import Lift, Rule, argument, operator_name
 from dsmoe_compiler.passes.lift.values import (
     Flags,
@@ -161,7 +161,6 @@ def place_at_id(lift: Lift, node: Node) -> Value | None:
 
 def _ids_on(lift: Lift, node: object, axes: str) -> Node | None:
     """The ids under a view that puts them on `axes`; None where they are not on these."""
-    names = ""
     while isinstance(node, Node) and node.op == "call_function" and is_tensor(node):
         name, below = operator_name(node), node.args[0]
         if name == "aten::unsqueeze" and axes.endswith("1") and argument(node, "dim") in (-1, len(axes) - 1):
@@ -353,6 +352,21 @@ def _named(axes: str, sizes: dict[str, Size], new: tuple[Size, ...]) -> str | No
         else:
             return None
     return None if left else names
+
+
+def largest_places(lift: Lift, ids: Node, queue: Queue) -> list[sympy.Expr]:
+    """What is known to be the largest place in a queue of the pairs that are left in ids."""
+    return [limit.most + queue.start for limit in limits_of(lift, ids) if of_queue(limit, queue)]
+
+
+def of_queue(limit: Limit, queue: Queue) -> bool:
+    """Whether a limit is one on this queue: the same pairs counted in the same order."""
+    return (limit.counted, limit.before) == (queue.counted, queue.before)
+
+
+def at_most(small: sympy.Expr, large: sympy.Expr) -> bool:
+    """Whether one size is provably no larger than another."""
+    return bool(sympy.expand(large - small).is_nonnegative)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

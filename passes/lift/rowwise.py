@@ -326,13 +326,15 @@ def unsqueeze(lift: Lift, node: Node) -> Value | None:
 
 def squeeze(lift: Lift, node: Node) -> Value | None:
     """A dimension of size 1 within a row goes."""
-    rows = lift.rows(node.args[0])
+    source = node.args[0]
+    rows = lift.rows(source)
     dims = argument(node, "dim")
     if rows is None or dims is None:
         return None
+    assert isinstance(source, Node)
     rank = rows.lead + len(rows.trail)
     if isinstance(rows.domain, OneExpert) and rows.lead == 2 and dims in (0, [0]):
-        return replace(rows, lead=1)
+        return replace(rows, lead=1) if shape(source)[0] == 1 else None
     gone = {d % rank - rows.lead for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
     if any(at < 0 for at in gone):
         return None

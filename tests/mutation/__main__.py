@@ -7,6 +7,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 from tests.mutation.equivalent import EQUIVALENT, UNREACHED
 from tests.mutation.mutants import FILES, KINDS, ROOT, mutants
@@ -36,12 +37,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("--kind", default=",".join(KINDS), help="which obligations (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="children at a time (%(default)s)")
+    parser.add_argument("--patience", type=float, default=120, help="seconds a child may take (%(default)s)")
     parser.add_argument("--tests", nargs="*", help="test files (those that take less than a second a test)")
     parser.add_argument("files", nargs="*", metavar="FILE", help="files below passes/ (all)")
     chosen = parser.parse_args()
+    torch.set_num_threads(1)  # a child of a process whose OpenMP has started threads waits for them for ever
     kinds = set(chosen.kind.split(","))
     found = [m for f in FILES if not chosen.files or f in chosen.files for m in mutants(f) if m.kind in kinds]
-    plugin = Mutation(found, chosen.jobs)
+    plugin = Mutation(found, chosen.jobs, chosen.patience)
     os.chdir(ROOT)
     tests = chosen.tests or [
         t for t in (*TESTS, *(SLOWLY if "guard" in kinds else ())) if (ROOT / t).exists()
@@ -53,7 +56,9 @@ def main() -> int:
         print(f"{'not reached' if plugin.killed[mutant] == '' else 'not noticed'}  {mutant}")
     known = sum(m.key in EQUIVALENT for m in found)
     print(f"{len(found)} obligations, {known} equivalent, {len(survivors)} that no test misses")
-    return bool(survivors or plugin.broken)
+    for mutant in plugin.endless:
+        print(f"not ended    {mutant}")
+    return bool(survivors or plugin.broken or plugin.endless)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ UNREACHED: dict[tuple[str, str, str], str] = {
         "share",
         "self.require_unwritten(node)",
     ): "what all experts share was asked for as each one's own",
-    ("capacity.py", "_scores", "lift.require_unwritten(below)"): "scores are asked for when they are weights",
+    ("dispatch.py", "_scores", "lift.require_unwritten(below)"): "scores are asked for when they are weights",
     (
         "capacity.py",
         "_require_apart",
         "Unproven('pairs sit at places that were counted for other pairs')",
     ): "a place's rule keeps the pairs it was counted for",
     (
-        "lift_experts.py",
+        "insert.py",
         "_sizes_like",
         "Unproven(f'more than one size of %{node.name} is held by no value of the graph')",
     ): "sizes of a sum are those of its inputs",

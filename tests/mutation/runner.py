@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -31,13 +32,15 @@ class Mutation:
     """A pytest plugin: in place of the session's tests, one run of them, then some for each mutant.
 
     `killed` says of each mutant which test noticed; None where none did; "" where it refuses in none.
-    `broken` are the tests that fail without any.
+    `broken` are the tests that fail without any; `endless` the mutants whose child was stopped after
+    `patience` seconds.
     """
 
-    def __init__(self, mutants: Sequence[Mutant], jobs: int) -> None:
-        self.mutants, self.jobs = mutants, jobs
+    def __init__(self, mutants: Sequence[Mutant], jobs: int, patience: float) -> None:
+        self.mutants, self.jobs, self.patience = mutants, jobs, patience
         self.killed = dict[Mutant, str | None]()
         self.broken = list[str]()
+        self.endless = list[Mutant]()
         self._refused = defaultdict[tuple[str, int], list[tuple[float, pytest.Item]]](list)
         self._failed = False
 
@@ -60,6 +63,7 @@ class Mutation:
             asked = [item for _, item in quickest]
             pid = os.fork()
             if pid == 0:
+                signal.setitimer(signal.ITIMER_REAL, self.patience)  # SIGALRM ends it, whatever it waits for
                 os._exit(self._ask(mutant, asked))
             children[pid] = mutant, asked
         while children:
@@ -95,6 +99,8 @@ class Mutation:
         pid, status = os.waitpid(-1, 0)
         mutant, asked = children.pop(pid)
         at = os.waitstatus_to_exitcode(status)
+        if at == -signal.SIGALRM:
+            self.endless.append(mutant)
         self.killed[mutant] = None if at == 0 else asked[at - 1].nodeid if at > 0 else "died"
         print("." if self.killed[mutant] else "S", end="", flush=True)
 
