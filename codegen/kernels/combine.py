@@ -36,8 +36,8 @@ def combine(
         pair = token * K + slot
         expert = tl.load(ids + pair)
         # No load rather than a product with 0: what a dropped pair's row holds must not matter.
-        routed = (expert >= 0) & (expert < E)
-        total += tl.load(y + pair * D + columns, mask=inside & routed, other=0.0).to(tl.float32)
+        known = tl.where((expert >= 0) & (expert < E), D, 0)
+        total += tl.load(y + pair * D + columns, mask=columns < known, other=0.0).to(tl.float32)
     if HAS_SHARED:
         total += tl.load(shared + token * D + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * D + columns, total, mask=inside)

@@ -1,0 +1,313 @@
+"""Each expert's FFN on the rows routed to it: one kernel up to the hidden rows, one down to the outputs.
+
+Rows are pairs (token t, slot k), numbered t·K + k and sorted by expert; `offsets` (E+1) says where each
+expert's rows begin. A tile is ROWS rows of one expert; `tiles` lists (expert, first row) in the experts'
+order, so that programs that run at the same time share an expert's weights in L2. The grid is persistent:
+every program takes a block (a tile by COLUMNS columns) and then the one a grid further.
+
+    pairs   = [2, 0, 3, 1]      rows 0, 1, 2 are expert 0's: pairs 2, 0 and 3 (K = 2: tokens 1, 0, 1)
+    offsets = [0, 3, 4]         row 3 is expert 1's: pair 1
+    tiles   = [(0, 0), (0, 2), (1, 3)]    with ROWS = 2: rows 0…1 and 2…2 of expert 0, row 3…3 of expert 1
+
+Shared experts run here as one expert that all tokens choose: row r is token r, and nothing is SORTED.
+
+Matrices are read where the model holds them: (out, in), or (in, out) when TRANSPOSED; gate and up in one
+matrix, one after the other or in alternate columns (INTERLEAVED), or in two. D model width, F hidden width.
+"""
+
+import triton
+import triton.language as tl
+
+from dsmoe_compiler.codegen.kernels.activation import activate, finish
+
+
+@triton.jit
+def weight_tile(
+    weight,
+    expert,
+    n,
+    k,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Outputs n … n+TILE of an expert's matrix by inputs k … k+DEPTH, (TILE, DEPTH); zeros beyond."""
+    if TMA:
+        if TRANSPOSED:
+            tile = weight.load([expert, k, n]).reshape(DEPTH, TILE).T
+        else:
+            tile = weight.load([expert, n, k]).reshape(TILE, DEPTH)
+    else:
+        output = n + tl.arange(0, TILE)[:, None]
+        input = k + tl.arange(0, DEPTH)[None, :]
+        if TRANSPOSED:
+            place = input * ROW_STRIDE + output
+        else:
+            place = output * ROW_STRIDE + input
+        matrix = weight + expert.to(tl.int64) * EXPERT_STRIDE
+        tile = tl.load(matrix + place, mask=(output < OUT) & (input < IN), other=0.0)
+    return tile
+
+
+@triton.jit
+def accumulate(rows, tile, sums, SWAP: tl.constexpr):
+    """sums (ROWS, TILE) + rows · tileᵀ; when SWAP, sums (TILE, ROWS): the weights are the product's rows
+    then.
+    """
+    rows = rows.to(tile.dtype)
+    if SWAP:
+        sums = tl.dot(tile, rows.T, sums, input_precision="ieee")
+    else:
+        sums = tl.dot(rows, tile.T, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def grouped_up(
+    x,
+    weights,
+    gate_weight,
+    up_weight,
+    vectors,
+    h,
+    pairs,
+    offsets,
+    tiles,
+    tile_counts,
+    T,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    OUT: tl.constexpr,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SORTED: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
+    SWAP: tl.constexpr,
+    EVEN: tl.constexpr,
+    WEIGHED_INPUT: tl.constexpr,
+    WEIGHED: tl.constexpr,
+):
+    """h[r] = activate(gate, up), gate and up the products of row r's token with its expert's matrices.
+
+    x (T, D), weights (T·K,), gate_weight and up_weight (E, OUT, D) whose outputs begin at GATE and UP, h
+    (T·K, F).
+    """
+    column_blocks: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
+    if SORTED:
+        row_blocks = tl.load(tile_counts)
+    else:
+        row_blocks = (T + ROWS - 1) // ROWS
+    for block in range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
+        row_block = block // column_blocks
+        n = block % column_blocks * COLUMNS
+        if SORTED:
+            expert = tl.load(tiles + 2 * row_block)
+            row = tl.load(tiles + 2 * row_block + 1) + tl.arange(0, ROWS)
+            chosen = row < tl.load(offsets + expert + 1)
+            pair = tl.load(pairs + row, mask=chosen, other=0)
+            token = pair // K
+        else:
+            expert = tl.full((), 0, tl.int32)
+            row = row_block * ROWS + tl.arange(0, ROWS)
+            chosen = row < T
+            token = row
+        if WEIGHED_INPUT or WEIGHED:
+            weight = tl.load(weights + pair, mask=chosen, other=0.0).to(tl.float32)
+
+        x_rows = x + token.to(tl.int64)[:, None] * D + tl.arange(0, DEPTH)[None, :]
+        if INTERLEAVED:
+            if SWAP:
+                both = tl.zeros((2 * COLUMNS, ROWS), tl.float32)
+            else:
+                both = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
+        else:
+            if SWAP:
+                up = tl.zeros((COLUMNS, ROWS), tl.float32)
+            else:
+                up = tl.zeros((ROWS, COLUMNS), tl.float32)
+            if GATED:
+                gate = up
+        for k in range(0, D, DEPTH):
+            if EVEN:
+                rows = tl.load(x_rows + k, mask=chosen[:, None], other=0.0)
+            else:
+                rows = tl.load(
+                    x_rows + k, mask=chosen[:, None] & (k + tl.arange(0, DEPTH) < D)[None, :], other=0.0
+                )
+            if WEIGHED_INPUT:
+                rows = rows.to(tl.float32) * weight[:, None]
+            if INTERLEAVED:
+                tile = weight_tile(
+                    up_weight,
+                    expert,
+                    2 * n,
+                    k,
+                    2 * COLUMNS,
+                    DEPTH,
+                    OUT,
+                    D,
+                    EXPERT_STRIDE,
+                    ROW_STRIDE,
+                    TRANSPOSED,
+                    TMA,
+                )
+                both = accumulate(rows, tile, both, SWAP)
+            else:
+                if GATED:
+                    tile = weight_tile(
+                        gate_weight,
+                        expert,
+                        GATE + n,
+                        k,
+                        COLUMNS,
+                        DEPTH,
+                        OUT,
+                        D,
+                        EXPERT_STRIDE,
+                        ROW_STRIDE,
+                        TRANSPOSED,
+                        TMA,
+                    )
+                    gate = accumulate(rows, tile, gate, SWAP)
+                tile = weight_tile(
+                    up_weight,
+                    expert,
+                    UP + n,
+                    k,
+                    COLUMNS,
+                    DEPTH,
+                    OUT,
+                    D,
+                    EXPERT_STRIDE,
+                    ROW_STRIDE,
+                    TRANSPOSED,
+                    TMA,
+                )
+                up = accumulate(rows, tile, up, SWAP)
+        if INTERLEAVED:
+            if SWAP:
+                both = both.reshape(COLUMNS, 2, ROWS).permute(0, 2, 1)
+            else:
+                both = both.reshape(ROWS, COLUMNS, 2)
+            if GATE_FIRST:
+                gate, up = both.split()
+            else:
+                up, gate = both.split()
+
+        if SWAP:
+            column = n + tl.arange(0, COLUMNS)[:, None]
+            row, chosen = row[None, :], chosen[None, :]
+            if WEIGHED:
+                weight = weight[None, :]
+        else:
+            column = n + tl.arange(0, COLUMNS)[None, :]
+            row, chosen = row[:, None], chosen[:, None]
+            if WEIGHED:
+                weight = weight[:, None]
+        inside = column < F
+        hidden = activate(gate, up, weight, expert, column, inside, vectors)
+        tl.store(h + row.to(tl.int64) * F + column, hidden.to(h.dtype.element_ty), mask=chosen & inside)
+
+
+@triton.jit
+def grouped_down(
+    h,
+    weights,
+    down_weight,
+    vectors,
+    y,
+    pairs,
+    offsets,
+    tiles,
+    tile_counts,
+    T,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SORTED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
+    SWAP: tl.constexpr,
+    EVEN: tl.constexpr,
+    WEIGHED: tl.constexpr,
+):
+    """y[pair of row r] = finish(h[r] · W_downᵀ, routing weight): (T·K, D), in the pairs' own order.
+
+    h (T·K, F) sorted, weights (T·K,), down_weight (E, D, F). Rows of h past a tile's last belong to other
+    experts: they are multiplied, too, and not stored.
+    """
+    column_blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    if SORTED:
+        row_blocks = tl.load(tile_counts + 1)
+    else:
+        row_blocks = (T + ROWS - 1) // ROWS
+    for block in range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
+        row_block = block // column_blocks
+        n = block % column_blocks * COLUMNS
+        if SORTED:
+            expert = tl.load(tiles + 2 * row_block)
+            first = tl.load(tiles + 2 * row_block + 1)
+            row = first + tl.arange(0, ROWS)
+            chosen = row < tl.load(offsets + expert + 1)
+            pair = tl.load(pairs + row, mask=chosen, other=0)
+        else:
+            expert = tl.full((), 0, tl.int32)
+            first = row_block * ROWS
+            row = first + tl.arange(0, ROWS)
+            chosen = row < T
+            pair = row
+
+        if SWAP:
+            down = tl.zeros((COLUMNS, ROWS), tl.float32)
+        else:
+            down = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, F, DEPTH):
+            if TMA:
+                rows = h.load([first, k])
+            else:
+                h_rows = h + row.to(tl.int64)[:, None] * F + k + tl.arange(0, DEPTH)[None, :]
+                if EVEN:
+                    rows = tl.load(h_rows, mask=chosen[:, None], other=0.0)
+                else:
+                    rows = tl.load(
+                        h_rows, mask=chosen[:, None] & (k + tl.arange(0, DEPTH) < F)[None, :], other=0.0
+                    )
+            tile = weight_tile(
+                down_weight, expert, n, k, COLUMNS, DEPTH, D, F, EXPERT_STRIDE, ROW_STRIDE, TRANSPOSED, TMA
+            )
+            down = accumulate(rows, tile, down, SWAP)
+
+        if WEIGHED:
+            weight = tl.load(weights + pair, mask=chosen, other=0.0).to(tl.float32)
+        if SWAP:
+            column = n + tl.arange(0, COLUMNS)[:, None]
+            pair, chosen = pair[None, :], chosen[None, :]
+            if WEIGHED:
+                weight = weight[None, :]
+        else:
+            column = n + tl.arange(0, COLUMNS)[None, :]
+            pair, chosen = pair[:, None], chosen[:, None]
+            if WEIGHED:
+                weight = weight[:, None]
+        inside = column < D
+        out = finish(down, weight, expert, column, inside, vectors)
+        tl.store(y + pair.to(tl.int64) * D + column, out.to(y.dtype.element_ty), mask=chosen & inside)

@@ -1,0 +1,452 @@
+"""A layer and its plan as a module of kernels: which are launched, and what is known in each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from dsmoe_compiler.codegen.emit import Code
+from dsmoe_compiler.codegen.ffn import Ffn, Unsupported, as_ffn
+from dsmoe_compiler.codegen.library import source
+from dsmoe_compiler.codegen.operand import Operand
+from dsmoe_compiler.codegen.pointwise import Function, NoExpression, device_function, vector_names
+from dsmoe_compiler.codegen.specialize import Root, module_text
+from dsmoe_compiler.codegen.term import Term
+from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped, Plan, Problem
+from dsmoe_compiler.ir.spec import ExpertsSpec, RouterSpec, SharedSpec
+
+DTYPES = ("float32", "bfloat16", "float16")
+_COMBINE_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class Layer:
+    """All that code generation knows of a layer: what it is, and how its tensors lie.
+
+    `x` and `weights` are dtypes (`weights` of the routing weights, where they are given), `row` that of what
+    an expert makes of a token, `out` the result's. Shared experts' operands have one expert in front, of
+    stride 0.
+    """
+
+    top_k: int
+    experts: ExpertsSpec
+    params: tuple[Operand, ...]
+    x: str
+    weights: str
+    row: str
+    out: str
+    router: RouterSpec | None = None
+    router_params: tuple[Operand, ...] = ()
+    shared: SharedSpec | None = None
+    shared_params: tuple[Operand, ...] = ()
+
+    @cached_property
+    def ffn(self) -> Ffn:
+        """The experts' body in the kernels' form. Raises Unsupported."""
+        return _checked(self.experts, self.params)
+
+    @cached_property
+    def shared_ffn(self) -> Ffn | None:
+        """The shared experts' body, where there are shared experts and the kernels can run them."""
+        if self.shared is None:
+            return None
+        try:
+            ffn = as_ffn(self.shared.body, self.experts.hidden, self.shared_params)
+            _require_dtypes(self.shared_params)
+            return ffn
+        except Unsupported:
+            return None
+
+    @property
+    def added(self) -> bool:
+        """Whether the shared experts' output is computed elsewhere and given."""
+        return self.shared is not None and self.shared_ffn is None
+
+    def problem(self, tokens: int) -> Problem:
+        """What the plan depends on, for a bucket of tokens."""
+        ffn, first = self.ffn, self.ffn.products[0]
+        used = [self.params[p.param] for p in (*ffn.products, ffn.down)]
+        size = used[-1].nbytes // max(1, _count(used[-1].shape))
+        return Problem(
+            tokens=tokens,
+            hidden=ffn.hidden,
+            width=ffn.width,
+            experts=self.experts.count,
+            top_k=self.top_k,
+            taps=len(ffn.products),
+            dtype=used[-1].dtype,
+            shared_width=self.shared_ffn.width if self.shared_ffn else 0,
+            tma=all(o.allows_descriptor for o in used) and ffn.width * size % 16 == 0,
+            interleaved=first.step == 2,
+        )
+
+
+def module_of(layer: Layer, plan: Plan, shared: Grouped | None, doc: str) -> str:
+    """The layer's module under a plan; `shared` is the plan of its shared experts where they run beside it.
+
+    Raises Unsupported when the layer has no kernels.
+    """
+    try:
+        if isinstance(plan, Decode):
+            return _decode(layer, plan, doc)
+        return _grouped(layer, plan, shared, doc)
+    except NoExpression as e:
+        raise Unsupported(str(e)) from e
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """Routed or shared experts as kernels see them: their body's form, tensors and names.
+
+    `tensors` is what the host function calls the tensors, `prefix` begins their vectors' names in kernels,
+    `suffix` ends the generated functions' names.
+    """
+
+    ffn: Ffn
+    params: tuple[Operand, ...]
+    tensors: str
+    prefix: str
+    suffix: str
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are a gate and an up product."""
+        return len(self.ffn.products) == 2
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether gate and up are alternate columns of one product."""
+        return self.ffn.products[0].step == 2
+
+    @property
+    def up(self) -> Operand:
+        """The matrices of the first products; where there are two tensors, they lie alike."""
+        return self.params[self.ffn.products[0].param]
+
+    @property
+    def down(self) -> Operand:
+        """The matrices of the last product."""
+        return self.params[self.ffn.down.param]
+
+    @property
+    def out(self) -> int:
+        """Outputs of the first matrices, D of the layer's output being those of the last."""
+        return _outputs(self.up, self.ffn.products[0].transposed)
+
+    @property
+    def width_out(self) -> int:
+        """Outputs of the last matrices."""
+        return _outputs(self.down, self.ffn.down.transposed)
+
+    def activate(self) -> Function:
+        """The function between the products."""
+        names = ["gate", "up"] if self.gated else ["up"]
+        doc = (
+            "What an expert does between its products."
+            if not self.suffix
+            else "What shared experts do there."
+        )
+        return self._function("activate", doc, self.ffn.middle, names)
+
+    def finish(self) -> Function:
+        """The function after the last product."""
+        doc = (
+            "What an expert does after its last product."
+            if not self.suffix
+            else "What shared experts do there."
+        )
+        return self._function("finish", doc, self.ffn.last, ["down"])
+
+    def _function(self, name: str, doc: str, term: Term, products: list[str]) -> Function:
+        strides = {v.param: self.params[v.param].strides[0] for v in term.vectors}
+        return device_function(f"{name}{self.suffix}", doc, term, products, strides, self.prefix)
+
+    def vectors(self, term: Term) -> Mapping[str, str]:
+        """The tensors of a term's vectors: names in the kernel, expressions in the host function."""
+        names = vector_names(term, self.prefix)
+        return {n: f"{self.tensors}[{n.removeprefix(self.prefix)}]" for n in names}
+
+
+def _routed(layer: Layer) -> _Experts:
+    return _Experts(layer.ffn, layer.params, "params", "p", "")
+
+
+def _shared(layer: Layer) -> _Experts | None:
+    ffn = layer.shared_ffn
+    return _Experts(ffn, layer.shared_params, "shared", "s", "_shared") if ffn else None
+
+
+def _grouped(layer: Layer, plan: Grouped, shared_plan: Grouped | None, doc: str) -> str:
+    experts, shared = _routed(layer), _shared(layer)
+    roots = _route_roots(layer)
+    count, scatter = _permute_constants(layer, plan)
+    roots |= {"count": Root("permute", "count", count), "scatter": Root("permute", "scatter", scatter)}
+    roots["grouped_up"] = _up_root(experts, plan.up, layer.top_k, True)
+    roots["grouped_down"] = _down_root(experts, plan.down, True)
+    columns = min(_COMBINE_COLUMNS, _power(experts.width_out))
+    known = {"E": layer.experts.count, "K": layer.top_k, "D": experts.width_out, "BLOCK_D": columns}
+    has = layer.shared is not None
+    roots["combine"] = Root("combine", "combine", known | {"HAS_SHARED": has}, {"num_warps": 4})
+    constants = _host_constants(layer, experts) | {
+        "CHUNK": count["CHUNK"],
+        "UP_ROWS": plan.up.rows,
+        "DOWN_ROWS": plan.down.rows,
+        "PROGRAMS": plan.programs,
+        "COMBINE_COLUMNS": columns,
+        **_descriptors("", experts, plan.up, plan.down),
+        "SHARED": shared is not None,
+    }
+    if shared:
+        assert shared_plan is not None
+        roots["shared_up"] = _up_root(shared, shared_plan.up, 1, False)
+        roots["shared_down"] = _down_root(shared, shared_plan.down, False)
+        constants |= _shared_constants(shared) | {
+            "SHARED_PROGRAMS": shared_plan.programs,
+            "SHARED_DTYPE": _torch(layer.out),
+            **_descriptors("SHARED_", shared, shared_plan.up, shared_plan.down),
+        }
+    return module_text(doc, source("host", "grouped_layer"), constants, roots)
+
+
+def _decode(layer: Layer, plan: Decode, doc: str) -> str:
+    experts, shared = _routed(layer), _shared(layer)
+    ffn, first = layer.ffn, layer.ffn.products
+    known: dict[str, object] = {
+        "K": layer.top_k,
+        "E": layer.experts.count,
+        "F": ffn.width,
+        "SHARED": shared is not None,
+        "SHARED_F": shared.ffn.width if shared else 0,
+    }
+    up = known | {
+        "D": ffn.hidden,
+        "GATE": first[0].first,
+        "UP": first[-1].first,
+        "STEP": first[0].step,
+        "OUT": experts.out,
+        "EXPERT_STRIDE": experts.up.strides[0],
+        "ROW_STRIDE": experts.up.rows,
+        "COLUMNS": plan.up.columns,
+        "DEPTH": plan.up.depth,
+        "SPLIT": plan.up.split,
+        "GATED": experts.gated,
+        "TRANSPOSED": first[0].transposed,
+        "WEIGHED_INPUT": ffn.weighed_input,
+        "WEIGHED": ffn.middle.weighs,
+    }
+    down = known | {
+        "D": experts.width_out,
+        "EXPERT_STRIDE": experts.down.strides[0],
+        "ROW_STRIDE": experts.down.rows,
+        "COLUMNS": plan.down.columns,
+        "DEPTH": plan.down.depth,
+        "TRANSPOSED": ffn.down.transposed,
+        "WEIGHED": ffn.last.weighs,
+        "WEIGHTED_SUM": ffn.is_weighted,
+        "ADDED": layer.added,
+    }
+    up_functions, down_functions = {"activate": experts.activate()}, {"finish": experts.finish()}
+    up_vectors = {"vectors": experts.vectors(ffn.middle)}
+    down_vectors = {"vectors": experts.vectors(ffn.last)}
+    if shared:
+        theirs = shared.ffn.products
+        up |= {
+            "SHARED_GATE": theirs[0].first,
+            "SHARED_UP": theirs[-1].first,
+            "SHARED_STEP": theirs[0].step,
+            "SHARED_OUT": shared.out,
+            "SHARED_ROW_STRIDE": shared.up.rows,
+            "SHARED_GATED": shared.gated,
+            "SHARED_TRANSPOSED": theirs[0].transposed,
+        }
+        down |= {"SHARED_ROW_STRIDE": shared.down.rows, "SHARED_TRANSPOSED": shared.ffn.down.transposed}
+        up_functions["activate_shared"] = shared.activate()
+        down_functions["finish_shared"] = shared.finish()
+        up_vectors["shared_vectors"] = shared.vectors(shared.ffn.middle)
+        down_vectors["shared_vectors"] = shared.vectors(shared.ffn.last)
+    roots = _route_roots(layer)
+    roots["decode_up"] = Root("decode", "decode_up", up, _options(plan.up), up_functions, up_vectors)
+    roots["decode_down"] = Root(
+        "decode", "decode_down", down, _options(plan.down), down_functions, down_vectors
+    )
+    widest = max(ffn.width, shared.ffn.width if shared else 0)
+    constants = _host_constants(layer, experts) | {
+        "UP_BLOCKS": -(-widest // plan.up.columns),
+        "UP_COLUMNS": plan.up.columns,
+        "DOWN_COLUMNS": plan.down.columns,
+        "SPLIT": plan.up.split,
+        "SHARED": shared is not None,
+        **(_shared_constants(shared) if shared else {}),
+    }
+    return module_text(doc, source("host", "decode_layer"), constants, roots)
+
+
+def _up_root(experts: _Experts, tiles: GemmTiles, top_k: int, is_sorted: bool) -> Root:
+    ffn, first = experts.ffn, experts.ffn.products
+    constants = {
+        "K": top_k,
+        "D": ffn.hidden,
+        "F": ffn.width,
+        "OUT": experts.out,
+        "GATE": first[0].first,
+        "UP": first[-1].first,
+        "EXPERT_STRIDE": experts.up.strides[0],
+        "ROW_STRIDE": experts.up.rows,
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+        "DEPTH": tiles.depth,
+        "SORTED": is_sorted,
+        "GATED": experts.gated,
+        "INTERLEAVED": experts.interleaved,
+        "GATE_FIRST": first[0].first == 0,
+        "TRANSPOSED": first[0].transposed,
+        "TMA": tiles.tma,
+        "SWAP": tiles.swap,
+        "EVEN": ffn.hidden % tiles.depth == 0,
+        "WEIGHED_INPUT": ffn.weighed_input,
+        "WEIGHED": ffn.middle.weighs,
+    }
+    functions = {"activate": experts.activate()}
+    return Root(
+        "grouped_ffn",
+        "grouped_up",
+        constants,
+        _options(tiles),
+        functions,
+        {"vectors": experts.vectors(ffn.middle)},
+    )
+
+
+def _down_root(experts: _Experts, tiles: GemmTiles, is_sorted: bool) -> Root:
+    ffn = experts.ffn
+    constants = {
+        "D": experts.width_out,
+        "F": ffn.width,
+        "EXPERT_STRIDE": experts.down.strides[0],
+        "ROW_STRIDE": experts.down.rows,
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+        "DEPTH": tiles.depth,
+        "SORTED": is_sorted,
+        "TRANSPOSED": ffn.down.transposed,
+        "TMA": tiles.tma,
+        "SWAP": tiles.swap,
+        "EVEN": ffn.width % tiles.depth == 0,
+        "WEIGHED": ffn.last.weighs,
+    }
+    functions = {"finish": experts.finish()}
+    return Root(
+        "grouped_ffn",
+        "grouped_down",
+        constants,
+        _options(tiles),
+        functions,
+        {"vectors": experts.vectors(ffn.last)},
+    )
+
+
+def _descriptors(prefix: str, experts: _Experts, up: GemmTiles, down: GemmTiles) -> dict[str, object]:
+    """Which tensors the host function makes descriptors of, and their blocks."""
+    columns = up.columns * (2 if experts.interleaved else 1)
+    return {
+        f"{prefix}UP_TMA": up.tma,
+        f"{prefix}GATE_TMA": up.tma and experts.gated and not experts.interleaved,
+        f"{prefix}UP_BLOCK": _block(experts.ffn.products[0].transposed, columns, up.depth),
+        f"{prefix}DOWN_TMA": down.tma,
+        f"{prefix}DOWN_BLOCK": _block(experts.ffn.down.transposed, down.columns, down.depth),
+        f"{prefix}H_BLOCK": [down.rows, down.depth],
+    }
+
+
+def _block(transposed: bool, columns: int, depth: int) -> list[int]:
+    return [1, depth, columns] if transposed else [1, columns, depth]
+
+
+def _host_constants(layer: Layer, experts: _Experts) -> dict[str, object]:
+    ffn = experts.ffn
+    return {
+        "ROUTED": layer.router is not None,
+        "E": layer.experts.count,
+        "K": layer.top_k,
+        "F": ffn.width,
+        "WIDTH": experts.width_out,
+        "GATED": experts.gated and not experts.interleaved,
+        "GATE_PARAM": ffn.products[0].param,
+        "UP_PARAM": ffn.products[-1].param,
+        "DOWN_PARAM": ffn.down.param,
+        "H_DTYPE": _torch(experts.down.dtype),
+        "Y_DTYPE": _torch(layer.row),
+        "OUT_DTYPE": _torch(layer.out),
+        **_route_host(layer),
+    }
+
+
+def _shared_constants(shared: _Experts) -> dict[str, object]:
+    return {
+        "SHARED_F": shared.ffn.width,
+        "SHARED_GATED": shared.gated and not shared.interleaved,
+        "SHARED_GATE_PARAM": shared.ffn.products[0].param,
+        "SHARED_UP_PARAM": shared.ffn.products[-1].param,
+        "SHARED_DOWN_PARAM": shared.ffn.down.param,
+    }
+
+
+def _checked(spec: ExpertsSpec, params: tuple[Operand, ...]) -> Ffn:
+    ffn = as_ffn(spec.body, spec.hidden, params)
+    _require_dtypes(params)
+    return ffn
+
+
+def _require_dtypes(params: tuple[Operand, ...]) -> None:
+    """Raises Unsupported unless kernels can read the tensors."""
+    for operand in params:
+        if operand.dtype not in DTYPES:
+            raise Unsupported(f"a tensor of the experts is {operand.dtype}; kernels read {', '.join(DTYPES)}")
+        if len(operand.shape) > 1 and not operand.is_dense:
+            raise Unsupported("the rows of an expert's tensor are not contiguous")
+
+
+def _options(tiles: GemmTiles | GemvTiles) -> dict[str, int]:
+    return {"num_warps": tiles.warps, "num_stages": tiles.stages}
+
+
+def _outputs(matrices: Operand, transposed: bool) -> int:
+    return matrices.shape[2] if transposed else matrices.shape[1]
+
+
+def _torch(dtype: str) -> Code:
+    return Code(f"torch.{dtype}")
+
+
+def _power(size: int) -> int:
+    """The power of two ≥ size."""
+    return 1 << (size - 1).bit_length()
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _route_roots(layer: Layer) -> dict[str, Root]:
+    if layer.router is None:
+        return {}
+    raise NotImplementedError
+
+
+def _route_host(layer: Layer) -> dict[str, object]:
+    if layer.router is None:
+        return {}
+    raise NotImplementedError
+
+
+def _permute_constants(layer: Layer, plan: Grouped) -> tuple[dict[str, object], dict[str, object]]:
+    """What the two kernels that sort pairs know."""
+    experts = layer.experts.count
+    count: dict[str, object] = {"E": experts, "E_PAD": max(2, _power(experts)), "CHUNK": 1024}
+    tiles = {"UP_ROWS": plan.up.rows, "DOWN_ROWS": plan.down.rows}
+    scatter = count | tiles | {"BLOCK": 128, "COUNT_ROWS": 16, "TILES": 64}
+    return count, scatter
