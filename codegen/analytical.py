@@ -10,20 +10,22 @@ processors (SMs), c blocks resident on each, b bytes of an element. Times in sec
 - tiles: W = M · ⌈N/columns⌉, where M = E·E[⌈n/rows⌉], n ~ Binomial(T, K/E): padding of the last tile of an
   expert and of the last column tile are whole tiles.
 - a tile's loads, through L2: ⌈R/depth⌉·depth · (rows + taps·columns) · b, its store rows·columns·b.
-- through memory: each active expert's weights once, E·(1 − (1 − K/E)^T) · taps·N·R·b, as its tiles run one
-  after another and re-read them in L2; activations where they outgrow half of L2.
-- tensor time of a tile on one processor: flops / (rate/S · e), flops of the tile padded to the instruction;
-  e = min(i, tensor cycles / shared memory cycles): i = 1 for products of four warps (wgmma: at least 64
+- through memory: each active expert's weights, E·(1 − (1 − K/E)^T) · taps·N·R·b, once, as its tiles run one
+  after another and re-read them in L2; where one expert's outgrow L2, once for each of the waves that its
+  tiles take. Activations where they outgrow half of L2.
+- tensor time of a step on one processor: the longer of flops / (i · rate/S) and the bytes that the
+  instructions read from shared memory at 128 a cycle. i = 1 for products of four warps (wgmma: at least 64
   product rows), 0.62 for products of one warp on a GPU that has those, 1 on others, 0.5 for float32's
-  multiply-adds. Shared memory cycles: the bytes that the instructions read, at 128 a cycle. A 64×16 product
-  reads 2.5 cycles' worth for each cycle of tensor work, which is what small row blocks cost.
-- a tile alone: fill + ⌈R/depth⌉ · max(tensor time of a step, latency / (stages − 1)) + epilogue. A step's
-  loads are asked for stages − 1 steps ahead; fill is two latencies (tile table and offsets, then the first
-  operands), epilogue ten instructions for each element of an accumulator.
-- a wave of x ≤ S·c tiles takes the longest of: a tile alone; ⌈x/S⌉ tensor times; x tiles' loads at L2's rate;
-  their share of the weights and activations at memory's rate; plus an eighth of the others, which never
-  overlap wholly.
+  multiply-adds. A 64×16 product reads 2.5 cycles' worth for each cycle of tensor work, which is what small
+  row blocks cost.
+- a tile alone: fill + ⌈R/depth⌉ · (tensor time and latency / (stages − 1) together + 30 ns) + epilogue. A
+  step's loads are asked for stages − 1 steps ahead; fill is two latencies (tile table and offsets, then the
+  first operands), epilogue ten instructions for each element of an accumulator.
+- a wave of x ≤ S·c tiles takes together: the longer of a tile alone and ⌈x/S⌉ tiles' tensor time; x tiles'
+  loads at L2's rate; their share of the weights and activations at memory's rate.
 - the launch: ⌊W/(S·c)⌋ whole waves, one of the rest, the launch itself.
+
+Times "together" are the longest and a sixteenth of the others, which are never overlapped wholly.
 
 c follows from the registers a thread, which a accumulators and their addresses take, and the shared memory of
 all stages. Fitted to compiled kernels: 45 + 1.25·a for products of four warps, 60 + 2.1·a where the operands
@@ -72,11 +74,14 @@ class Product:
     taps: int
 
     @property
-    def weight_bytes(self) -> float:
-        """Of the active experts, each once."""
-        p = self.problem
-        active = active_experts(p.tokens, p.experts, p.top_k)
-        return active * self.taps * self.columns * self.depth * p.item
+    def active(self) -> float:
+        """How many experts have rows."""
+        return active_experts(self.problem.tokens, self.problem.experts, self.problem.top_k)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert's weights."""
+        return self.taps * self.columns * self.depth * self.problem.item
 
 
 def up(problem: Problem) -> Product:
@@ -140,7 +145,9 @@ def gemm_seconds(tiles: GemmTiles, product: Product, gpu: Gpu, resident: int) ->
     step = _together(tensor / steps, gpu.latency / (tiles.stages - 1)) + STEP
     loads = steps * tiles.depth * (tiles.rows + product.taps * tiles.columns) + tiles.rows * tiles.columns
     activations = p.pairs * (product.depth + product.columns) * p.item
-    memory = product.weight_bytes + max(0.0, activations - gpu.l2 / 2)
+    waves = count / product.active / (gpu.processors * resident)
+    reads = max(1.0, waves) if product.expert_bytes > gpu.l2 else 1.0
+    memory = reads * product.active * product.expert_bytes + max(0.0, activations - gpu.l2 / 2)
     return gpu.launch + _waves(
         gpu,
         count=count,

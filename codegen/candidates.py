@@ -22,7 +22,8 @@ _KEPT = 4
 _RESIDENT = (1, 2, 3, 4)
 
 
-# What the model cannot tell apart: within this factor the plan of fewer launches is taken.
+# What the model cannot tell apart: within this factor the plan of fewer launches is taken, which puts the end
+# of decoding at about T·K = E/2.
 _DOUBT = 1.1
 
 

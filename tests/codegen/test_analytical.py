@@ -151,12 +151,22 @@ def test_a_persistent_grid_is_resident_all_at_once() -> None:
                 assert 0 < plan.programs <= H200.processors * min(held)
 
 
-@pytest.mark.parametrize("fact", ["memory_rate", "l2_rate", "matmul_rate", "float32_rate"])
+@pytest.mark.parametrize("fact", ["memory_rate", "l2", "l2_rate", "matmul_rate", "float32_rate"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_a_faster_gpu_is_never_predicted_slower(fact: str, tokens: int) -> None:
     faster = replace(H200, **{fact: 2 * getattr(H200, fact)})
     problem = layer("qwen3-30b-a3b", tokens)
     assert candidates.ranked(problem, faster)[0][0] <= candidates.ranked(problem, H200)[0][0]
+
+
+def test_an_expert_that_outgrows_the_cache_is_read_again_by_later_waves() -> None:
+    """Mixtral's gate and up are 235 MB an expert; OLMoE's, 8 MB, stay in L2."""
+    roomy = replace(H200, l2=1 << 40)
+    tiles = GemmTiles(128, 128, 64, 8, 4, tma=True)
+    for shape, read_again in (("mixtral-8x7b", True), ("olmoe", False)):
+        up = analytical.up(layer(shape, 512))
+        seconds = [analytical.gemm_seconds(tiles, up, gpu, resident=1) for gpu in (H200, roomy)]
+        assert (seconds[0] > 1.05 * seconds[1]) == read_again
 
 
 def test_odd_sizes_have_plans() -> None:
