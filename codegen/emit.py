@@ -14,6 +14,7 @@ A parameter that nothing reads any more goes, from the signature and from every 
 from __future__ import annotations
 
 import ast
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,13 @@ class Parameter:
     text: str
 
 
+def literal(value: object) -> str:
+    """A constant as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(value)
+
+
 def fold(source: str, constants: Constants) -> str:
     """A function's text with every branch decided that `constants` decide. Raises SyntaxError on bad text."""
     while (
@@ -57,7 +65,7 @@ def substitute(source: str, constants: Constants) -> str:
     """A function's text with every name that is a constant replaced by its value."""
     tree = ast.parse(source)
     names = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in constants]
-    return replaced(source, {n: repr(constants[n.id]) for n in names})
+    return replaced(source, {n: literal(constants[n.id]) for n in names})
 
 
 def parameters(source: str) -> list[Parameter]:
@@ -67,11 +75,16 @@ def parameters(source: str) -> list[Parameter]:
 
 
 def read_names(source: str) -> set[str]:
-    """The names that a function's body reads."""
-    body = _function(source).body
-    return {
-        n.id for s in body for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
-    }
+    """The names that a function's body reads before it assigns them."""
+    loads, stores = dict[str, int](), dict[str, int]()
+    for node in (n for s in _function(source).body for n in ast.walk(s)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            loads[node.id] = min(node.lineno, loads.get(node.id, node.lineno))
+        elif isinstance(node, ast.Assign):
+            own = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
+            for target in (t for t in node.targets if isinstance(t, ast.Name) and t.id not in own):
+                stores[target.id] = min(node.lineno, stores.get(target.id, node.lineno))
+    return {name for name, line in loads.items() if stores.get(name, line) >= line}
 
 
 def with_parameters(source: str, kept: Mapping[str, Sequence[str]]) -> str:

@@ -2,95 +2,54 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 from dsmoe_compiler.codegen.emit import Code
-from dsmoe_compiler.codegen.ffn import Ffn, Unsupported, as_ffn
+from dsmoe_compiler.codegen.ffn import Ffn, Unsupported
+from dsmoe_compiler.codegen.gpu import Gpu
+from dsmoe_compiler.codegen.layer import Layer
 from dsmoe_compiler.codegen.library import source
-from dsmoe_compiler.codegen.operand import Operand
+from dsmoe_compiler.codegen.operand import SIZES, Operand
+from dsmoe_compiler.codegen.plan import choose, choose_shared
 from dsmoe_compiler.codegen.pointwise import Function, NoExpression, device_function, vector_names
+from dsmoe_compiler.codegen.route_flags import weights_dtype
+from dsmoe_compiler.codegen.routing_tiles import RouteTiles, combine_columns, permute_tiles, route_tiles
 from dsmoe_compiler.codegen.specialize import Root, module_text
 from dsmoe_compiler.codegen.term import Term
-from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped, Plan, Problem
-from dsmoe_compiler.ir.spec import ExpertsSpec, RouterSpec, SharedSpec
-
-DTYPES = ("float32", "bfloat16", "float16")
-_COMBINE_COLUMNS = 1024
+from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped, Plan
 
 
 @dataclass(frozen=True)
-class Layer:
-    """All that code generation knows of a layer: what it is, and how its tensors lie.
-
-    `x` and `weights` are dtypes (`weights` of the routing weights, where they are given), `row` that of what
-    an expert makes of a token, `out` the result's. Shared experts' operands have one expert in front, of
-    stride 0.
+class Choice:
+    """What was chosen for a layer and a bucket of tokens on a GPU; `shared` is the plan of the shared experts
+    where they run beside a grouped one.
     """
 
-    top_k: int
-    experts: ExpertsSpec
-    params: tuple[Operand, ...]
-    x: str
-    weights: str
-    row: str
-    out: str
-    router: RouterSpec | None = None
-    router_params: tuple[Operand, ...] = ()
-    shared: SharedSpec | None = None
-    shared_params: tuple[Operand, ...] = ()
-
-    @cached_property
-    def ffn(self) -> Ffn:
-        """The experts' body in the kernels' form. Raises Unsupported."""
-        return _checked(self.experts, self.params)
-
-    @cached_property
-    def shared_ffn(self) -> Ffn | None:
-        """The shared experts' body, where there are shared experts and the kernels can run them."""
-        if self.shared is None:
-            return None
-        try:
-            ffn = as_ffn(self.shared.body, self.experts.hidden, self.shared_params)
-            _require_dtypes(self.shared_params)
-            return ffn
-        except Unsupported:
-            return None
-
-    @property
-    def added(self) -> bool:
-        """Whether the shared experts' output is computed elsewhere and given."""
-        return self.shared is not None and self.shared_ffn is None
-
-    def problem(self, tokens: int) -> Problem:
-        """What the plan depends on, for a bucket of tokens."""
-        ffn, first = self.ffn, self.ffn.products[0]
-        used = [self.params[p.param] for p in (*ffn.products, ffn.down)]
-        size = used[-1].nbytes // max(1, _count(used[-1].shape))
-        return Problem(
-            tokens=tokens,
-            hidden=ffn.hidden,
-            width=ffn.width,
-            experts=self.experts.count,
-            top_k=self.top_k,
-            taps=len(ffn.products),
-            dtype=used[-1].dtype,
-            shared_width=self.shared_ffn.width if self.shared_ffn else 0,
-            tma=all(o.allows_descriptor for o in used) and ffn.width * size % 16 == 0,
-            interleaved=first.step == 2,
-        )
+    tokens: int
+    gpu: Gpu
+    plan: Plan
+    shared: Grouped | None = None
 
 
-def module_of(layer: Layer, plan: Plan, shared: Grouped | None, doc: str) -> str:
-    """The layer's module under a plan; `shared` is the plan of its shared experts where they run beside it.
+def choice_of(layer: Layer, tokens: int, gpu: Gpu, triton: str) -> Choice:
+    """The plan for a bucket of tokens; `triton` is Triton's version. Raises Unsupported."""
+    problem = layer.problem(tokens)
+    plan = choose(problem, gpu, triton)
+    beside = isinstance(plan, Grouped) and layer.shared_ffn is not None
+    return Choice(tokens, gpu, plan, choose_shared(problem, gpu, triton) if beside else None)
 
-    Raises Unsupported when the layer has no kernels.
+
+def module_of(layer: Layer, choice: Choice) -> str:
+    """The layer's module as chosen, whose host function is `layer`. Raises Unsupported when there are no
+    kernels.
     """
+    doc = _title(layer, choice)
     try:
-        if isinstance(plan, Decode):
-            return _decode(layer, plan, doc)
-        return _grouped(layer, plan, shared, doc)
+        if isinstance(choice.plan, Decode):
+            return _decode(layer, choice.tokens, choice.gpu, choice.plan, doc)
+        return _grouped(layer, choice.tokens, choice.gpu, choice.plan, choice.shared, doc)
     except NoExpression as e:
         raise Unsupported(str(e)) from e
 
@@ -168,6 +127,17 @@ class _Experts:
         return {n: f"{self.tensors}[{n.removeprefix(self.prefix)}]" for n in names}
 
 
+def _title(layer: Layer, choice: Choice) -> str:
+    """What a module's first lines say."""
+    router = f"{layer.router} | " if layer.router else ""
+    shared = f" | {layer.shared}" if layer.shared else ""
+    what = (
+        f"E={layer.experts.count} K={layer.top_k} {router}{layer.experts}{shared}, {layer.params[0].dtype}."
+    )
+    where = f"For up to {choice.tokens} tokens on {choice.gpu.name} ({choice.gpu.target})."
+    return "\n".join([*textwrap.wrap(what, 100), "", where]) + "\n"
+
+
 def _routed(layer: Layer) -> _Experts:
     return _Experts(layer.ffn, layer.params, "params", "p", "")
 
@@ -177,19 +147,27 @@ def _shared(layer: Layer) -> _Experts | None:
     return _Experts(ffn, layer.shared_params, "shared", "s", "_shared") if ffn else None
 
 
-def _grouped(layer: Layer, plan: Grouped, shared_plan: Grouped | None, doc: str) -> str:
+def _grouped(
+    layer: Layer, tokens: int, gpu: Gpu, plan: Grouped, shared_plan: Grouped | None, doc: str
+) -> str:
     experts, shared = _routed(layer), _shared(layer)
-    roots = _route_roots(layer)
-    count, scatter = _permute_constants(layer, plan)
-    roots |= {"count": Root("permute", "count", count), "scatter": Root("permute", "scatter", scatter)}
+    routing = _route_tiles(layer, tokens, gpu) if layer.router else None
+    permute = permute_tiles(tokens * layer.top_k)
+    known: dict[str, object] = {"E": layer.experts.count, "E_PAD": _power(layer.experts.count)}
+    known["CHUNK"] = permute.chunk
+    sizes = {"BLOCK": permute.block, "COUNT_ROWS": permute.count_rows, "TILES": permute.tiles}
+    rows = {"UP_ROWS": plan.up.rows, "DOWN_ROWS": plan.down.rows}
+    roots = {"route": _route_root(layer, routing)} if routing else {}
+    roots["count"] = Root("permute", "count", known, {"num_warps": permute.count_warps})
+    roots["scatter"] = Root("permute", "scatter", known | sizes | rows, {"num_warps": permute.scatter_warps})
     roots["grouped_up"] = _up_root(experts, plan.up, layer.top_k, True)
     roots["grouped_down"] = _down_root(experts, plan.down, True)
-    columns = min(_COMBINE_COLUMNS, _power(experts.width_out))
-    known = {"E": layer.experts.count, "K": layer.top_k, "D": experts.width_out, "BLOCK_D": columns}
+    columns = combine_columns(experts.width_out)
+    summed = {"E": layer.experts.count, "K": layer.top_k, "D": experts.width_out, "BLOCK_D": columns}
     has = layer.shared is not None
-    roots["combine"] = Root("combine", "combine", known | {"HAS_SHARED": has}, {"num_warps": 4})
-    constants = _host_constants(layer, experts) | {
-        "CHUNK": count["CHUNK"],
+    roots["combine"] = Root("combine", "combine", summed | {"HAS_SHARED": has}, {"num_warps": 4})
+    constants = _host_constants(layer, experts, routing) | {
+        "CHUNK": permute.chunk,
         "UP_ROWS": plan.up.rows,
         "DOWN_ROWS": plan.down.rows,
         "PROGRAMS": plan.programs,
@@ -209,7 +187,7 @@ def _grouped(layer: Layer, plan: Grouped, shared_plan: Grouped | None, doc: str)
     return module_text(doc, source("host", "grouped_layer"), constants, roots)
 
 
-def _decode(layer: Layer, plan: Decode, doc: str) -> str:
+def _decode(layer: Layer, tokens: int, gpu: Gpu, plan: Decode, doc: str) -> str:
     experts, shared = _routed(layer), _shared(layer)
     ffn, first = layer.ffn, layer.ffn.products
     known: dict[str, object] = {
@@ -265,13 +243,14 @@ def _decode(layer: Layer, plan: Decode, doc: str) -> str:
         down_functions["finish_shared"] = shared.finish()
         up_vectors["shared_vectors"] = shared.vectors(shared.ffn.middle)
         down_vectors["shared_vectors"] = shared.vectors(shared.ffn.last)
-    roots = _route_roots(layer)
+    routing = _route_tiles(layer, tokens, gpu) if layer.router else None
+    roots = {"route": _route_root(layer, routing)} if routing else {}
     roots["decode_up"] = Root("decode", "decode_up", up, _options(plan.up), up_functions, up_vectors)
     roots["decode_down"] = Root(
         "decode", "decode_down", down, _options(plan.down), down_functions, down_vectors
     )
     widest = max(ffn.width, shared.ffn.width if shared else 0)
-    constants = _host_constants(layer, experts) | {
+    constants = _host_constants(layer, experts, routing) | {
         "UP_BLOCKS": -(-widest // plan.up.columns),
         "UP_COLUMNS": plan.up.columns,
         "DOWN_COLUMNS": plan.down.columns,
@@ -363,9 +342,17 @@ def _block(transposed: bool, columns: int, depth: int) -> list[int]:
     return [1, depth, columns] if transposed else [1, columns, depth]
 
 
-def _host_constants(layer: Layer, experts: _Experts) -> dict[str, object]:
+def _host_constants(layer: Layer, experts: _Experts, routing: RouteTiles | None) -> dict[str, object]:
     ffn = experts.ffn
-    return {
+    routed: dict[str, object] = {}
+    if routing and layer.router:
+        routed = {
+            "ROUTE_TOKENS": routing.tokens,
+            "ROUTE_PARTS": routing.grid(1, layer.experts.count)[1],
+            "ROUTE_SPLIT": routing.split,
+            "WEIGHT_DTYPE": _torch(weights_dtype(layer.router, layer.x)),
+        }
+    return routed | {
         "ROUTED": layer.router is not None,
         "E": layer.experts.count,
         "K": layer.top_k,
@@ -378,7 +365,6 @@ def _host_constants(layer: Layer, experts: _Experts) -> dict[str, object]:
         "H_DTYPE": _torch(experts.down.dtype),
         "Y_DTYPE": _torch(layer.row),
         "OUT_DTYPE": _torch(layer.out),
-        **_route_host(layer),
     }
 
 
@@ -390,21 +376,6 @@ def _shared_constants(shared: _Experts) -> dict[str, object]:
         "SHARED_UP_PARAM": shared.ffn.products[-1].param,
         "SHARED_DOWN_PARAM": shared.ffn.down.param,
     }
-
-
-def _checked(spec: ExpertsSpec, params: tuple[Operand, ...]) -> Ffn:
-    ffn = as_ffn(spec.body, spec.hidden, params)
-    _require_dtypes(params)
-    return ffn
-
-
-def _require_dtypes(params: tuple[Operand, ...]) -> None:
-    """Raises Unsupported unless kernels can read the tensors."""
-    for operand in params:
-        if operand.dtype not in DTYPES:
-            raise Unsupported(f"a tensor of the experts is {operand.dtype}; kernels read {', '.join(DTYPES)}")
-        if len(operand.shape) > 1 and not operand.is_dense:
-            raise Unsupported("the rows of an expert's tensor are not contiguous")
 
 
 def _options(tiles: GemmTiles | GemvTiles) -> dict[str, int]:
@@ -424,29 +395,24 @@ def _power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _route_root(layer: Layer, tiles: RouteTiles) -> Root:
+    constants = {k: _triton(v) for k, v in (layer.route_constants | tiles.constants()).items()}
+    return Root("route", "route", constants, {"num_warps": tiles.warps})
 
 
-def _route_roots(layer: Layer) -> dict[str, Root]:
-    if layer.router is None:
-        return {}
-    raise NotImplementedError
+def _route_tiles(layer: Layer, tokens: int, gpu: Gpu) -> RouteTiles:
+    weight = layer.router_params[0].dtype
+    return route_tiles(
+        tokens,
+        experts=layer.experts.count,
+        columns=int(str(layer.route_constants["COLUMNS"])),
+        operand_bytes=max(SIZES[layer.x], SIZES[weight]),
+        processors=gpu.processors,
+        shared=gpu.architecture.block_shared,
+    )
 
 
-def _route_host(layer: Layer) -> dict[str, object]:
-    if layer.router is None:
-        return {}
-    raise NotImplementedError
-
-
-def _permute_constants(layer: Layer, plan: Grouped) -> tuple[dict[str, object], dict[str, object]]:
-    """What the two kernels that sort pairs know."""
-    experts = layer.experts.count
-    count: dict[str, object] = {"E": experts, "E_PAD": max(2, _power(experts)), "CHUNK": 1024}
-    tiles = {"UP_ROWS": plan.up.rows, "DOWN_ROWS": plan.down.rows}
-    scatter = count | tiles | {"BLOCK": 128, "COUNT_ROWS": 16, "TILES": 64}
-    return count, scatter
+def _triton(value: object) -> object:
+    """A constant as the kernels' text spells it: dtypes are Triton's."""
+    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    return Code(f"tl.{names[str(value)]}") if str(value) in names else value

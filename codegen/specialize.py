@@ -70,7 +70,7 @@ class _Writer:
         self.helpers = dict[str, str]()
 
     def host(self, found: Source, constants: Constants) -> str:
-        """The host function, its launches with the constants and options that their kernels take."""
+        """The host function, as `layer`, its launches with what their kernels take beside tensors."""
         text = emit.substitute(emit.fold(found.text, constants), constants)
 
         def launch(text: str, call: ast.Call) -> tuple[str, list[str]] | None:
@@ -87,12 +87,12 @@ class _Writer:
                 if parameter in root.vectors:
                     arguments += [f"{n}={root.vectors[parameter][n]}" for n in kept]
                 elif kept:
-                    value = given.get(parameter) or repr(root.constants[parameter])
+                    value = given.get(parameter) or emit.literal(root.constants[parameter])
                     arguments.append(f"{parameter}={value}")
             arguments += [f"{k}={v}" for k, v in root.options.items()]
             return kernel.name, arguments
 
-        return _pruned(emit.with_calls(text, launch))[0]
+        return emit.renamed(_pruned(emit.with_calls(text, launch))[0], "layer")
 
     def function(self, found: Source, constants: Constants, root: Root, wanted: str) -> Written:
         """A function of the library folded with what is known of its parameters, and all that it calls."""

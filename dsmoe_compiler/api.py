@@ -42,7 +42,7 @@ def compile(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = "auto",
-    backend: Literal["auto", "cpu", "reference"] = "auto",
+    backend: Literal["auto", "cpu", "triton", "reference"] = "auto",
     capture: CaptureMode = "auto",
     pipeline: Sequence[Pass] | str | None = None,
     verify: Verify = "numeric",
@@ -56,7 +56,7 @@ def compile(
         model: a module, any function over tensors, or an ExportedProgram. It is left as it was.
         args, kwargs: an example call. Inputs that are no tensors become constants of the program.
         dynamic_shapes: "auto" (every size that can vary does, 0 and 1 included) or torch.export's own form.
-        backend: what runs the fused layers; "auto" is the CPU path for a model on the CPU.
+        backend: what runs the fused layers; "auto" is the CPU path for a model on the CPU, "triton" on a GPU.
         capture: "as_written" never switches a transformers model's experts implementation while tracing.
         pipeline: passes to run instead of the default ones, or their text: "normalize,lift_experts".
         verify: "numeric" checks every rewrite and the whole program on numbers; "off" trusts them.

@@ -18,7 +18,7 @@ from dsmoe_compiler.cli.stages import Stage, load_modules, stages
 from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.report.report import Report
 
-Backend = Literal["auto", "cpu", "reference"]
+Backend = Literal["auto", "cpu", "triton", "reference"]
 Verify = Literal["numeric", "off"]
 Capture = Literal["auto", "as_written"]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,10 @@ from dsmoe_compiler.ir import ops
 from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.packing import Packed
 from dsmoe_compiler.runtime.cpu import CpuExperts, CpuMoE, CpuRoute
+from dsmoe_compiler.runtime.triton_here import unavailable
 
-Backend = Literal["auto", "cpu", "reference"]
-BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "reference")
-
-_CPU: dict[torch._ops.OpOverload, Callable[[str], nn.Module]] = {
-    ops.MOE: CpuMoE,
-    ops.EXPERTS: CpuExperts,
-    ops.ROUTE: CpuRoute,
-}
+Backend = Literal["auto", "cpu", "triton", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "triton", "reference")
 
 
 def choose(backend: str, exported: ExportedProgram) -> Backend:
@@ -36,9 +32,16 @@ def choose(backend: str, exported: ExportedProgram) -> Backend:
         raise InputError(
             f"backend 'cpu' cannot run a model on {', '.join(sorted(devices))}: move it to the CPU first"
         )
-    if backend == "reference" or (backend == "auto" and devices - {"cpu"}):
+    if backend == "triton" and (why := unavailable(devices)):
+        raise InputError(f"backend 'triton' cannot run this model: {why}")
+    if backend != "auto":
+        return cast(Backend, backend)
+    if not devices - {"cpu"}:
+        return "cpu"
+    if why := unavailable(devices):
+        warnings.warn(f"the MoE layers run by the reference: {why}", stacklevel=2)
         return "reference"
-    return "cpu"
+    return "triton"
 
 
 def lower(exported: ExportedProgram, backend: Backend) -> GraphModule:
@@ -47,17 +50,28 @@ def lower(exported: ExportedProgram, backend: Backend) -> GraphModule:
     assert isinstance(module, GraphModule)
     module._forward_pre_hooks.clear()  # the caller has checked the inputs, with messages a user can read
     _bind_packs(module, exported)
-    if backend == "cpu":
-        for i, node in enumerate([n for n in module.graph.nodes if n.target in _CPU]):
-            *operands, spec = node.args
-            name = f"dsmoe_{i}"
-            module.add_submodule(name, _CPU[node.target](spec))
-            with module.graph.inserting_before(node):
-                lowered = module.graph.call_module(name, tuple(operands))
-            node.replace_all_uses_with(lowered)
-            module.graph.erase_node(node)
+    made = _modules(backend)
+    for i, node in enumerate([n for n in module.graph.nodes if n.target in made]):
+        *operands, spec = node.args
+        name = f"dsmoe_{i}"
+        module.add_submodule(name, made[node.target](spec))
+        with module.graph.inserting_before(node):
+            lowered = module.graph.call_module(name, tuple(operands))
+        node.replace_all_uses_with(lowered)
+        module.graph.erase_node(node)
     module.recompile()
     return module
+
+
+def _modules(backend: Backend) -> dict[torch._ops.OpOverload, Callable[[str], nn.Module]]:
+    """What stands for each fused operator; the reference needs nothing to."""
+    if backend == "cpu":
+        return {ops.MOE: CpuMoE, ops.EXPERTS: CpuExperts, ops.ROUTE: CpuRoute}
+    if backend == "triton":
+        from dsmoe_compiler.runtime.generated import GeneratedExperts, GeneratedMoE
+
+        return {ops.MOE: GeneratedMoE, ops.EXPERTS: GeneratedExperts, ops.ROUTE: CpuRoute}
+    return {}
 
 
 def _bind_packs(module: GraphModule, exported: ExportedProgram) -> None:
