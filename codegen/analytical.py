@@ -28,7 +28,7 @@ processors (SMs), c blocks resident on each, b bytes of an element. Times in sec
 Times "together" are the longest and a sixteenth of the others, which are never overlapped wholly.
 
 c follows from the registers a thread, which a accumulators and their addresses take, and the shared memory of
-all stages. Fitted to compiled kernels: 45 + 1.25·a for products of four warps, 60 + 2.1·a where the operands
+all stages. Fitted to compiled kernels: 45 + 1.25·a for products of four warps, 64 + 2.1·a where the operands
 pass through registers too, 60 + 3.5·a for multiply-adds, 32 + 1.6·a for matrix-vector products (2.7·a in
 float32). The persistent grid has S·c programs, c the same for up and down.
 
@@ -112,7 +112,7 @@ def gemm_registers(tiles: GemmTiles, product: Product, gpu: Gpu) -> int:
     if multiply_adds(product.problem, gpu):
         return ceil(60 + 3.5 * sums)
     if not warp_group(tiles, product.problem, gpu):
-        return ceil(60 + 2.1 * sums)
+        return ceil(64 + 2.1 * sums)
     return ceil(45 + 1.25 * sums)
 
 

@@ -7,6 +7,7 @@ products of fewer than 16 rows, swapped operands without warp-group products to 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product as every
 from typing import TypeVar
@@ -18,6 +19,9 @@ from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped, 
 
 # How many of each launch's best tiles are combined.
 _KEPT = 4
+# Registers a thread of eight warps that the largest tiles were seen to do with. Left alone, Triton 3.6 takes
+# all there are for the same code.
+_AMPLE = 200
 # Blocks a processor that a persistent grid is laid out for.
 _RESIDENT = (1, 2, 3, 4)
 
@@ -112,8 +116,10 @@ def _gemm_shapes(product: Product, gpu: Gpu) -> Iterator[GemmTiles]:
     all_depths = [lines * 128 // problem.item for lines in (1, 2)]
     all_stages = (3, 4, 5) if arch.multistage else (2,)
     for rows, columns, depth, warps, stages in every(all_rows, all_columns, all_depths, (4, 8), all_stages):
-        yield GemmTiles(rows, columns, depth, warps, stages, tma=tma)
-        swap = GemmTiles(rows, columns, depth, warps, stages, swap=True, tma=tma)
+        plain = GemmTiles(rows, columns, depth, warps, stages, tma=tma)
+        crowded = warps == 8 and analytical.gemm_registers(plain, product, gpu) > _AMPLE
+        yield replace(plain, registers=_AMPLE) if crowded and arch.warp == 32 else plain
+        swap = replace(plain, swap=True)
         if rows < 64 and analytical.warp_group(swap, problem, gpu):
             yield swap
 

@@ -379,7 +379,8 @@ def _shared_constants(shared: _Experts) -> dict[str, object]:
 
 
 def _options(tiles: GemmTiles | GemvTiles) -> dict[str, int]:
-    return {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    limit = {"maxnreg": tiles.registers} if isinstance(tiles, GemmTiles) and tiles.registers else {}
+    return {"num_warps": tiles.warps, "num_stages": tiles.stages, **limit}
 
 
 def _outputs(matrices: Operand, transposed: bool) -> int:

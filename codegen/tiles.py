@@ -74,7 +74,7 @@ class Problem:
 class GemmTiles:
     """Tiles of a grouped product: `rows` tokens, `columns` of one accumulator (gate and up have one each),
     `depth` of a step of the reduction. `swap`: the weights are the product's rows and the tokens its columns.
-    `tma`: by tensor descriptors.
+    `tma`: by tensor descriptors. `registers`: the most that a thread may take, 0 where the compiler decides.
     """
 
     rows: int
@@ -84,6 +84,7 @@ class GemmTiles:
     stages: int
     swap: bool = False
     tma: bool = False
+    registers: int = 0
 
 
 @dataclass(frozen=True)

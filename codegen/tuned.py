@@ -161,12 +161,13 @@ _Tiles = TypeVar("_Tiles", GemmTiles, GemvTiles)
 
 
 def _tiles(kind: type[_Tiles], values: Any) -> _Tiles:
-    flags = {f.name for f in fields(kind) if f.default is False}
     values = dict(values)
+    defaults = {f.name: f.default for f in fields(kind)}
     for name, value in values.items():
-        if name in flags and type(value) is not bool:
-            raise TypeError(f"{name}={value!r}")
-        if name not in flags:
+        if type(defaults.get(name)) is bool:
+            if type(value) is not bool:
+                raise TypeError(f"{name}={value!r}")
+        elif value != defaults.get(name):
             _positive(name, value)
     return kind(**values)
 
