@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsmoe_compiler.codegen.emit import Code
 from dsmoe_compiler.codegen.ffn import Ffn, Unsupported
-from dsmoe_compiler.codegen.gpu import Gpu
+from dsmoe_compiler.codegen.gpu import Gpu, for_target
 from dsmoe_compiler.codegen.layer import Layer
 from dsmoe_compiler.codegen.library import source
 from dsmoe_compiler.codegen.operand import SIZES, Operand
@@ -39,6 +39,18 @@ def choice_of(layer: Layer, tokens: int, gpu: Gpu, triton: str) -> Choice:
     plan = choose(problem, gpu, triton)
     beside = isinstance(plan, Grouped) and layer.shared_ffn is not None
     return Choice(tokens, gpu, plan, choose_shared(problem, gpu, triton) if beside else None)
+
+
+def interpreted(layer: Layer, tokens: int) -> Choice:
+    """The plan for Triton's interpreter, which takes as long for a program and a step whatever their size:
+    few large ones. Raises Unsupported.
+    """
+    gpu = replace(for_target("sm_90"), name="Triton's interpreter", processors=1)
+    if tokens * layer.top_k <= 8:
+        return Choice(tokens, gpu, Decode(GemvTiles(128, 256, 4, 1), GemvTiles(128, 256, 4, 1)))
+    tiles = GemmTiles(32, 128, 128, 4, 1, tma=layer.problem(tokens).tma)
+    plan = Grouped(tiles, tiles, programs=1)
+    return Choice(tokens, gpu, plan, plan if layer.shared_ffn else None)
 
 
 def module_of(layer: Layer, choice: Choice) -> str:

@@ -10,8 +10,8 @@ A token, E = 4, K = 2, softmax, renormalised, with a bias that selects:
     ranked          [1.07, .20, .53, .20]         ids      [0, 2]
     selected        [.07, .53]                    weights  [.12, .88]
 
-A program holds the logits of BLOCK_T tokens. Of many tokens it multiplies each block with all experts. Of few,
-it multiplies them with its share of the experts, and the last program to have multiplied selects.
+A program holds the logits of BLOCK_T tokens. Of many tokens, each block is multiplied with all experts by one
+program. Of few, a block's experts are split over several, and the last one to have multiplied selects.
 
 Experts lie in columns, group by group, both padded to powers of two; so columns are in the order of experts,
 and whichever comes first wins a tie. Three groups of three experts:

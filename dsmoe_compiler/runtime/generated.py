@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from dsmoe_compiler.codegen.ffn import Unsupported
-from dsmoe_compiler.codegen.gpu import Gpu, for_target, of_device
+from dsmoe_compiler.codegen.gpu import Gpu, of_device
 from dsmoe_compiler.codegen.layer import Layer
 from dsmoe_compiler.codegen.load import load
-from dsmoe_compiler.codegen.lowering import choice_of, module_of
+from dsmoe_compiler.codegen.lowering import choice_of, interpreted, module_of
 from dsmoe_compiler.codegen.plan import bucket
 from dsmoe_compiler.ir import ops, reference
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse
@@ -131,7 +131,10 @@ def _make(spec: str, layer: Layer, tokens: int, device: torch.device) -> _Made |
     import triton
 
     try:
-        choice = choice_of(layer, tokens, _gpu(device), triton.__version__)
+        if device.type == "cuda":
+            choice = choice_of(layer, tokens, _gpu(device), triton.__version__)
+        else:
+            choice = interpreted(layer, tokens)
         if layer.router and not layer.can_route:
             layer = replace(layer, router=None, router_params=())
         module = load(module_of(layer, choice))
@@ -143,8 +146,8 @@ def _make(spec: str, layer: Layer, tokens: int, device: torch.device) -> _Made |
 
 @cache
 def _gpu(device: torch.device) -> Gpu:
-    """The device's facts; interpreted kernels are planned for as on a Hopper GPU."""
-    return of_device(device.index) if device.type == "cuda" else for_target("sm_90")
+    """The device's facts."""
+    return of_device(device.index)
 
 
 @cache
