@@ -100,8 +100,8 @@ class PermuteTiles:
 def permute_tiles(pairs: int) -> PermuteTiles:
     """Tiles for P `pairs`.
 
-    A program of `scatter` goes through the counts of P / chunk chunks, 8 at a time, and through its own chunk,
-    64 pairs at a time: both take as many steps where chunk² = 8 P.
+    A program of `scatter` goes through the counts of P / chunk chunks, 8 at a time, and through its own
+    chunk, 64 pairs at a time: both take as many steps where chunk² = 8 P.
     """
     return PermuteTiles(chunk=_within(_power(isqrt(8 * pairs)), 64, 4096))
 
