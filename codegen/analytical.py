@@ -66,12 +66,15 @@ SPILLING = 0.85
 
 @dataclass(frozen=True)
 class Product:
-    """One grouped product of a layer: `columns` N, `depth` R, `taps` accumulators over the same rows."""
+    """One grouped product of a layer: `columns` N, `depth` R, `taps` accumulators over the same rows;
+    `transposed`: the weights lie [R, N].
+    """
 
     problem: Problem
     columns: int
     depth: int
     taps: int
+    transposed: bool
 
     @property
     def active(self) -> float:
@@ -86,12 +89,12 @@ class Product:
 
 def up(problem: Problem) -> Product:
     """x [P, D] to h [P, F]."""
-    return Product(problem, columns=problem.width, depth=problem.hidden, taps=problem.taps)
+    return Product(problem, problem.width, problem.hidden, problem.taps, problem.up_transposed)
 
 
 def down(problem: Problem) -> Product:
     """h [P, F] to y [P, D]."""
-    return Product(problem, columns=problem.hidden, depth=problem.width, taps=1)
+    return Product(problem, problem.hidden, problem.width, 1, problem.down_transposed)
 
 
 def warp_group(tiles: GemmTiles, problem: Problem, gpu: Gpu) -> bool:

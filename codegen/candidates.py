@@ -53,11 +53,11 @@ def ranked(problem: Problem, gpu: Gpu) -> tuple[tuple[float, Plan], ...]:
 def _decode(problem: Problem, gpu: Gpu) -> list[tuple[float, Decode]]:
     ups = [
         (analytical.gemv_up_seconds(tiles, problem, gpu), tiles)
-        for tiles in _gemv_tiles(problem, gpu, sums=problem.taps, splits=(1, 2, 4, 8))
+        for tiles in _gemv_tiles(problem, gpu, problem.taps, (1, 2, 4, 8), problem.up_transposed)
     ]
     downs = [
         (analytical.gemv_down_seconds(tiles, problem, gpu), tiles)
-        for tiles in _gemv_tiles(problem, gpu, sums=2, splits=(1,))
+        for tiles in _gemv_tiles(problem, gpu, 2, (1,), problem.down_transposed)
     ]
     return [(a + b, Decode(u, d)) for (a, u), (b, d) in every(_fastest(ups), _fastest(downs))]
 
@@ -111,9 +111,12 @@ def _gemm_shapes(product: Product, gpu: Gpu) -> Iterator[GemmTiles]:
     all_rows = [r for r in (16, 32, 64, 128) if r <= max(16, problem.tokens)]
     # Gate and up in alternate columns are one tile, of no more rows than a descriptor's block can have.
     widest = 256 // product.taps if problem.interleaved else 256
-    all_columns = [c for c in (32, 64, 128, 256) if c <= min(widest, max(32, _power(product.columns)))]
-    # A row of a tile is one line of memory, 128 bytes, or two.
-    all_depths = [lines * 128 // problem.item for lines in (1, 2)]
+    # What lies side by side in a tile is one line of memory, 128 bytes, or more.
+    line = 128 // problem.item
+    narrowest = line if product.transposed else 32
+    needed = min(widest, max(narrowest, _power(product.columns)))
+    all_columns = [c for c in (32, 64, 128, 256) if narrowest <= c <= needed]
+    all_depths = (line, 2 * line)
     all_stages = (3, 4, 5) if arch.multistage else (2,)
     for rows, columns, depth, warps, stages in every(all_rows, all_columns, all_depths, (4, 8), all_stages):
         plain = GemmTiles(rows, columns, depth, warps, stages, tma=tma)
@@ -134,9 +137,13 @@ def _multiply_add_shapes(problem: Problem) -> Iterator[GemmTiles]:
             yield GemmTiles(rows, columns, 32, warps, stages)
 
 
-def _gemv_tiles(problem: Problem, gpu: Gpu, sums: int, splits: tuple[int, ...]) -> Iterator[GemvTiles]:
+def _gemv_tiles(
+    problem: Problem, gpu: Gpu, sums: int, splits: tuple[int, ...], transposed: bool
+) -> Iterator[GemvTiles]:
+    along, across = (64, 128, 256, 512), (4, 8, 16, 32, 64)
+    all_columns, all_depths = (along, across) if transposed else (across, along)
     # Only loads that feed a dot are pipelined: one stage.
-    for columns, depth, warps, split in every((4, 8, 16, 32, 64), (64, 128, 256, 512), (4, 8), splits):
+    for columns, depth, warps, split in every(all_columns, all_depths, (4, 8), splits):
         tiles = GemvTiles(columns, depth, warps, stages=1, split=split)
         if analytical.gemv_resident(tiles, sums, problem.item, gpu):
             yield tiles

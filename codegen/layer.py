@@ -72,6 +72,8 @@ class Layer:
             shared_width=self.shared_ffn.width if self.shared_ffn else 0,
             tma=all(o.allows_descriptor for o in used) and ffn.width * SIZES[used[-1].dtype] % 16 == 0,
             interleaved=first.step == 2,
+            up_transposed=first.transposed,
+            down_transposed=ffn.down.transposed,
         )
 
     @cached_property

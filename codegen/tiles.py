@@ -17,7 +17,8 @@ class Problem:
     `tokens` is the bucket, a power of two ≥ T; `hidden` D, `width` F, `experts` E, `top_k` K. `taps`:
     products with x a row (2 gated, 1 plain). `shared_width`: the hidden width of all shared experts together,
     0 without. `tma`: whether the operands' layout allows descriptors (16-byte rows and base). `interleaved`:
-    gate and up lie in alternate columns and are one wide product.
+    gate and up lie in alternate columns and are one wide product. `up_transposed`, `down_transposed`:
+    matrices lie (in, out), what is next in memory is another output's.
     """
 
     tokens: int
@@ -30,6 +31,8 @@ class Problem:
     shared_width: int = 0
     tma: bool = True
     interleaved: bool = False
+    up_transposed: bool = False
+    down_transposed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens", "hidden", "width", "experts", "top_k"):

@@ -12,7 +12,7 @@ from dsmoe_compiler.codegen import analytical, candidates
 from dsmoe_compiler.codegen.gpu import A100, GPUS, H200, MI300X, RTX_4090, Gpu
 from dsmoe_compiler.codegen.plan import Decode, GemmTiles, Grouped, Problem
 from dsmoe_compiler.codegen.uniform import active_experts, row_tiles
-from tests.codegen.layers import SHAPES, TOKENS, floor, layer
+from tests.codegen.shapes import SHAPES, TOKENS, floor, layer
 
 
 def by_enumeration(tokens: int, experts: int, top_k: int, rows: int) -> tuple[float, float]:
@@ -137,6 +137,18 @@ def test_descriptors_are_used_where_the_layout_allows_them() -> None:
         p.up for _, p in candidates.ranked(replace(problem, interleaved=True), H200) if isinstance(p, Grouped)
     ]
     assert all(tiles.columns <= 128 for tiles in ups)
+
+
+def test_tiles_of_transposed_matrices_are_lines_along_the_outputs() -> None:
+    for tokens, dtype in product((1, 64, 4096), ("bfloat16", "float32")):
+        lying = replace(layer("gpt-oss-120b", tokens, dtype), up_transposed=True, down_transposed=True)
+        for _, plan in candidates.ranked(lying, H200):
+            for tiles in (plan.up, plan.down):
+                assert tiles.columns * lying.item >= 128
+    few = replace(layer("gpt-oss-120b", 1), up_transposed=True)
+    ups = {plan.up.columns for _, plan in candidates.ranked(few, H200) if isinstance(plan, Decode)}
+    downs = {plan.down.columns for _, plan in candidates.ranked(few, H200) if isinstance(plan, Decode)}
+    assert min(ups) >= 64 > min(downs)
 
 
 def test_a_persistent_grid_is_resident_all_at_once() -> None:

@@ -11,7 +11,7 @@ from dsmoe_compiler.codegen import candidates, plan, tuned
 from dsmoe_compiler.codegen.gpu import H200
 from dsmoe_compiler.codegen.plan import Decode, Grouped, Problem, bucket, choose, choose_shared
 from dsmoe_compiler.codegen.tuned import Measured
-from tests.codegen.layers import layer
+from tests.codegen.shapes import layer
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,8 @@ def test_a_problems_line_tells_it_from_every_other() -> None:
         replace(problem, shared_width=0),
         replace(problem, tma=False),
         replace(problem, interleaved=True),
+        replace(problem, up_transposed=True),
+        replace(problem, down_transposed=True),
     ]
     assert len({each.text for each in (problem, *others)}) == 1 + len(others)
     assert problem.text == (

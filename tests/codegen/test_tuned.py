@@ -16,7 +16,7 @@ from dsmoe_compiler.codegen.candidates import ranked
 from dsmoe_compiler.codegen.gpu import A100, GPUS, H200
 from dsmoe_compiler.codegen.plan import Decode, GemvTiles, Plan, Problem
 from dsmoe_compiler.codegen.tuned import Measured, lookup, store
-from tests.codegen.layers import layer
+from tests.codegen.shapes import layer
 
 PROBLEM = layer("olmoe", 64)
 PLAN = Decode(GemvTiles(16, 256, 4, 1, 2), GemvTiles(8, 512, 4, 1))
