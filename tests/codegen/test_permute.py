@@ -120,7 +120,7 @@ def test_the_worked_example() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_routing(data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 512) | st.sampled_from([1, 2, 64, 511, 512]))

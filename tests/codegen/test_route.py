@@ -1,6 +1,7 @@
 """The routing kernel chooses and weighs as the reference does, in blocks of tokens and in split programs."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -90,16 +91,20 @@ def routed(
     return weights, ids
 
 
-def expected(spec: RouterSpec, x: Tensor, router: list[Tensor]) -> tuple[Tensor, Tensor]:
-    bias = router[-1] if spec.selection_bias else None
-    return reference.route(reference.router_logits(x, router, spec), bias, spec)
+def expected(spec: RouterSpec, logits: Tensor, router: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """weights and ids (T, K) by the reference, the lowest id first where scores are the same."""
+    with mock.patch.object(Tensor, "topk", _stable_topk):
+        return reference.route(logits, router[-1] if spec.selection_bias else None, spec)
 
 
-def settled(spec: RouterSpec, x: Tensor, router: list[Tensor]) -> Tensor:
+def _stable_topk(scores: Tensor, k: int, dim: int = -1) -> torch.return_types.topk:
+    values, indices = scores.sort(dim=dim, descending=True, stable=True)
+    return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
+
+
+def settled(spec: RouterSpec, logits: Tensor, router: list[Tensor]) -> Tensor:
     """The tokens (T,) whose ids the reference keeps when logits are off by what roundings do to them."""
-    logits = reference.router_logits(x, router, spec)
-    bias = router[-1] if spec.selection_bias else None
-    _, ids = reference.route(logits, bias, spec)
+    ids = expected(spec, logits, router)[1]
     half = FP16 in (logits.dtype, getattr(torch, spec.score_dtype or "float32"))
     # A sum in another order is some roundings off, and a sum that is then rounded to fp16 is one.
     noise = torch.finfo(FP16).eps if half else 8 * torch.finfo(FP32).eps
@@ -107,21 +112,22 @@ def settled(spec: RouterSpec, x: Tensor, router: list[Tensor]) -> Tensor:
     kept = torch.ones(len(ids), dtype=torch.bool)
     for _ in range(6):
         moved = logits.float() + noise * (1 + logits.float().abs()) * torch.randn(logits.shape)
-        kept &= (reference.route(moved, bias, precise)[1] == ids).all(-1)
+        kept &= (expected(precise, moved, router)[1] == ids).all(-1)
     return kept
 
 
 def check(spec: RouterSpec, x: Tensor, router: list[Tensor], tiles: RouteTiles) -> Tensor:
     """Compare kernel and reference; returns which tokens could be compared, (T,)."""
     weights, ids = routed(spec, x, router, tiles)
-    want_weights, want_ids = expected(spec, x, router)
+    logits = reference.router_logits(x, router, spec)
+    want_weights, want_ids = expected(spec, logits, router)
     assert weights.dtype == want_weights.dtype
     in_order = ids.sort(-1).values
     assert (in_order >= 0).all() and (in_order < len(router[0])).all()
     assert (in_order[:, 1:] > in_order[:, :-1]).all(), "an expert was chosen twice"
-    rows = settled(spec, x, router)
+    rows = settled(spec, logits, router)
     assert torch.equal(ids[rows].long(), want_ids[rows])
-    narrow = FP16 in (weights.dtype, reference.router_logits(x, router, spec).dtype)
+    narrow = FP16 in (weights.dtype, logits.dtype)
     torch.testing.assert_close(
         weights[rows], want_weights[rows], rtol=4e-3 if narrow else 1e-5, atol=2e-6, check_dtype=False
     )
