@@ -43,14 +43,17 @@ def weight_tile(
         else:
             tile = weight.load([expert, n, k]).reshape(TILE, DEPTH)
     else:
-        output = n + tl.arange(0, TILE)[:, None]
-        input = k + tl.arange(0, DEPTH)[None, :]
-        if TRANSPOSED:
-            place = input * ROW_STRIDE + output
-        else:
-            place = output * ROW_STRIDE + input
         matrix = weight + expert.to(tl.int64) * EXPERT_STRIDE
-        tile = tl.load(matrix + place, mask=(output < OUT) & (input < IN), other=0.0)
+        output = n + tl.arange(0, TILE)
+        input = k + tl.arange(0, DEPTH)
+        if TRANSPOSED:  # read as it lies and turned after: else it is not copied ahead of the product
+            output, input = output[None, :], input[:, None]
+            place = input * ROW_STRIDE + output
+            tile = tl.load(matrix + place, mask=(output < OUT) & (input < IN), other=0.0).T
+        else:
+            output, input = output[:, None], input[None, :]
+            place = output * ROW_STRIDE + input
+            tile = tl.load(matrix + place, mask=(output < OUT) & (input < IN), other=0.0)
     return tile
 
 
