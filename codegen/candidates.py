@@ -50,6 +50,17 @@ def ranked(problem: Problem, gpu: Gpu) -> tuple[tuple[float, Plan], ...]:
     return tuple(sorted(plans, key=lambda each: each[0]))
 
 
+def predicted(plan: Plan, problem: Problem, gpu: Gpu) -> float:
+    """Seconds of a layer with any plan, by the analytical model."""
+    if isinstance(plan, Decode):
+        up = analytical.gemv_up_seconds(plan.up, problem, gpu)
+        return up + analytical.gemv_down_seconds(plan.down, problem, gpu)
+    resident = max(1, plan.programs // gpu.processors)
+    up = analytical.gemm_seconds(plan.up, analytical.up(problem), gpu, resident)
+    down = analytical.gemm_seconds(plan.down, analytical.down(problem), gpu, resident)
+    return up + down + _beside_products(problem, gpu)
+
+
 def _decode(problem: Problem, gpu: Gpu) -> list[tuple[float, Decode]]:
     ups = [
         (analytical.gemv_up_seconds(tiles, problem, gpu), tiles)
@@ -63,12 +74,17 @@ def _decode(problem: Problem, gpu: Gpu) -> list[tuple[float, Decode]]:
 
 
 def _grouped(problem: Problem, gpu: Gpu) -> list[tuple[float, Grouped]]:
-    beside = 0.0
+    rest = _beside_products(problem, gpu)
+    return [(seconds + rest, plan) for seconds, plan in _products(problem, gpu)]
+
+
+def _beside_products(problem: Problem, gpu: Gpu) -> float:
+    """What a grouped plan takes beside its own two products, the shared experts included."""
+    shared = 0.0
     if problem.shared is not None:
         # Its two products only: nothing to permute, and the layer's combine adds its result.
-        beside = min(_products(problem.shared, gpu), key=lambda each: each[0])[0]
-    rest = beside + analytical.grouped_rest_seconds(problem, gpu)
-    return [(seconds + rest, plan) for seconds, plan in _products(problem, gpu)]
+        shared = min(_products(problem.shared, gpu), key=lambda each: each[0])[0]
+    return shared + analytical.grouped_rest_seconds(problem, gpu)
 
 
 def _products(problem: Problem, gpu: Gpu) -> list[tuple[float, Grouped]]:

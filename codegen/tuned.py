@@ -44,13 +44,30 @@ class Measured:
     microseconds: float
 
 
+@dataclass(frozen=True)
+class Found:
+    """A measurement, and whether it is the user's own rather than the committed table's."""
+
+    measured: Measured
+    own: bool
+
+
 def lookup(problem: Problem, gpu: Gpu, triton: str) -> Plan | None:
     """The measured plan for a problem, the user's own before the committed one; None where there is none."""
-    for place, text in ((str(_user_file(gpu)), _user_text(gpu)), (_file_name(gpu), _committed_text(gpu))):
+    found = find(problem, gpu, triton)
+    return None if found is None else found.measured.plan
+
+
+def find(problem: Problem, gpu: Gpu, triton: str) -> Found | None:
+    """As `lookup`, with the time that was measured and where it is kept."""
+    for own, place, text in (
+        (True, str(_user_file(gpu)), _user_text(gpu)),
+        (False, _file_name(gpu), _committed_text(gpu)),
+    ):
         entry = _entries(text, place).get(_minor(triton), {}).get(problem.text)
-        found = None if entry is None else _read_entry(entry, place)
-        if found is not None:
-            return found.plan
+        measured = None if entry is None else _read_entry(entry, place)
+        if measured is not None:
+            return Found(measured, own)
     return None
 
 
