@@ -74,7 +74,7 @@ def test_passes_of_the_users_choice() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "backend": ({"backend": "cuda"}, "backend='cuda': choose one of 'auto', 'cpu', 'reference'"),
+    "backend": ({"backend": "cuda"}, "backend='cuda': choose one of 'auto', 'cpu', 'triton', 'reference'"),
     "verify": ({"verify": True}, "verify=True: choose one of 'numeric', 'off'"),
     "capture": ({"capture": "grouped"}, "capture='grouped': choose one of 'auto', 'as_written'"),
     "args": ({"args": x_TD}, "args is a Tensor: give the positional arguments as a tuple"),
@@ -113,7 +113,7 @@ def test_an_example_that_does_not_fit_an_exported_program() -> None:
 
 def test_backends_agree() -> None:
     model, ids = tiny(), tokens(3, 9)
-    programs = {name: dsmoe.compile(model, (ids,), backend=name) for name in BACKENDS}
+    programs = {name: dsmoe.compile(model, (ids,), backend=name) for name in BACKENDS if name != "triton"}
     assert {name: p.report.backend for name, p in programs.items()} == {
         "auto": "cpu",
         "cpu": "cpu",
