@@ -33,9 +33,11 @@ DEEPSEEK_V3 = RouterSpec(
     logits_dtype="float32",
 )
 GPT_OSS = RouterSpec(4, "softmax", select="logits", logits_bias=True)
+# Three slots are padded to four.
+PADDED = RouterSpec(3, "sigmoid", select="logits", renormalize=True)
 LLAMA4 = RouterSpec(1, "sigmoid", select="logits", score_dtype="float32", weight_dtype="float16")
 EVERYTHING_ROUNDED = RouterSpec(
-    6, "sigmoid", renormalize=True, epsilon=1e-3, scale=1.7, selection_bias=True, logits_bias=True
+    6, "sigmoid", renormalize=True, epsilon=0.5, scale=1.7, selection_bias=True, logits_bias=True
 )
 
 
@@ -161,7 +163,9 @@ def split_blocks(tokens: int, experts: int) -> RouteTiles:
         (DEEPSEEK_V3, 1, 256, 72, FP16, few(1, 2)),
         (DEEPSEEK_V3, 64, 256, 40, FP32, blocks(32)),
         (replace(DEEPSEEK_V3, top_groups=8, logits_dtype=None), 130, 512, 24, FP32, split_blocks(64, 128)),
-        (GPT_OSS, 7, 60, 40, FP16, few(8, 4)),
+        (replace(DEEPSEEK_V3, groups=3, top_groups=1), 64, 60, 40, FP32, split_blocks(16, 16)),
+        (replace(GPT_OSS, top_k=3), 7, 60, 40, FP16, few(8, 4)),
+        (PADDED, 2, 60, 40, FP32, few(2, 4)),
         (replace(GPT_OSS, top_k=16), 130, 512, 24, FP32, blocks(32)),
         (LLAMA4, 7, 512, 33, FP16, few(8, 8)),
         (EVERYTHING_ROUNDED, 64, 60, 48, FP16, split_blocks(16, 16)),
@@ -175,15 +179,64 @@ def test_tokens_are_routed_as_in_the_reference(
     assert rows.float().mean() > 0.7, "too few tokens are clear enough to be compared"
 
 
+def first_choices(
+    spec: RouterSpec, logits: list[float], selection_bias: list[float] | None = None
+) -> list[int]:
+    """The kernel's ids for one fp32 token with these logits; the selection bias is in fp16."""
+    x, router = torch.ones(1, 1), [torch.tensor(logits).unsqueeze(-1)]
+    if selection_bias:
+        router.append(torch.tensor(selection_bias, dtype=FP16))
+    by_few = routed(spec, x, router, few(1, 2))[1]
+    assert torch.equal(by_few, routed(spec, x, router, blocks(16))[1])
+    assert torch.equal(by_few.long(), expected(spec, reference.router_logits(x, router, spec), router)[1])
+    return list(by_few[0].tolist())
+
+
+def test_what_rounds_to_the_same_is_a_tie() -> None:
+    one = replace(GREEDY, top_k=1)
+    # Above 1 and 4, fp16 knows no number before 2⁻¹⁰ and 2⁻⁸.
+    logits = [0.0, 4.0, 0.0, 4 + 2**-10]
+    assert first_choices(one, logits) == [3]
+    assert first_choices(replace(one, logits_dtype="float16"), logits) == [1]
+    assert first_choices(replace(one, score_dtype="float16"), logits) == [1]
+    assert first_choices(replace(one, select="logits", score_dtype="float16"), logits) == [3]
+
+    ranked = replace(one, score="sigmoid", selection_bias=True)
+    zeros, biases = [0.0] * 4, [0.0, 0.5, 0.0, 0.5 + 2**-11]
+    assert first_choices(ranked, zeros, biases) == [3]
+    assert first_choices(replace(ranked, score_dtype="float16"), zeros, biases) == [1]
+
+    # The groups' sums of two are 1.5 and 1.5 + 2⁻¹¹; each of their terms is a number of fp16.
+    grouped = replace(ranked, groups=2, top_groups=1, group_score="top2")
+    biases = [0.5, 0.0, 0.5, 2**-11]
+    assert first_choices(grouped, zeros, biases) == [2]
+    assert first_choices(replace(grouped, score_dtype="float16"), zeros, biases) == [0]
+
+
 def test_operands_are_rounded_where_the_model_rounds_them() -> None:
-    spec = replace(GREEDY, logits_dtype="float16")
+    # 1 + 2⁻¹² is 1 in fp16, and the difference of the two is then none.
+    x, router = torch.tensor([[1.0, -1.0]]), [torch.zeros(4, 2)]
+    router[0][2, 0], router[0][2, 1] = 1 + 2.0**-12, 1.0
+    for tiles in (few(1, 2), blocks(16)):
+        assert routed(replace(GREEDY, top_k=1), x, router, tiles)[1].item() == 2
+        rounded = replace(GREEDY, top_k=1, logits_dtype="float16")
+        assert routed(rounded, x, router, tiles)[1].item() == 0
+
+
+def test_rejected_groups_are_still_real() -> None:
+    # Below what fills the rejected groups is all that the kept one has. Groups of three are padded to four.
+    spec = replace(DEEPSEEK_V3, top_groups=1)
+    router = [torch.zeros(24, 16), torch.full((24,), -2.0)]
+    for tiles in (few(2, 8), blocks(16)):
+        assert routed(spec, torch.ones(2, 16), router, tiles)[1].tolist() == [list(range(3, 11))] * 2
+
+
+def test_nan_of_any_bits_ranks_first() -> None:
     torch.manual_seed(0)
-    x, router = tensors(spec, 2, 8, 64, FP32)
-    # Both round to 1 in fp16; the second's fp32 logits would be larger.
-    x[:], router[0][:] = 1.0, 0.0
-    router[0][2], router[0][5] = 1.0, 1.0 + 2.0**-12
-    for tiles in (few(2, 4), blocks(16)):
-        assert routed(spec, x, router, tiles)[1].tolist() == [[2, 5], [2, 5]]
+    x, router = tensors(GPT_OSS, 2, 8, 16, FP32)
+    router[1].view(torch.int32)[5] = -1
+    assert router[1][5].isnan()
+    assert (routed(GPT_OSS, x, router, few(2, 4))[1][:, 0] == 5).all()
 
 
 @pytest.mark.parametrize("tiles", [few(2, 8), blocks(16)], ids=["few", "blocks"])
