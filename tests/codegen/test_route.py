@@ -217,10 +217,10 @@ def test_operands_are_rounded_where_the_model_rounds_them() -> None:
     # 1 + 2⁻¹² is 1 in fp16, and the difference of the two is then none.
     x, router = torch.tensor([[1.0, -1.0]]), [torch.zeros(4, 2)]
     router[0][2, 0], router[0][2, 1] = 1 + 2.0**-12, 1.0
+    spec = RouterSpec(1, "softmax", select="logits")
     for tiles in (few(1, 2), blocks(16)):
-        assert routed(replace(GREEDY, top_k=1), x, router, tiles)[1].item() == 2
-        rounded = replace(GREEDY, top_k=1, logits_dtype="float16")
-        assert routed(rounded, x, router, tiles)[1].item() == 0
+        assert routed(spec, x, router, tiles)[1].item() == 2
+        assert routed(replace(spec, logits_dtype="float16"), x, router, tiles)[1].item() == 0
 
 
 def test_rejected_groups_are_still_real() -> None:
