@@ -136,8 +136,13 @@ def _gemm_shapes(product: Product, gpu: Gpu) -> Iterator[GemmTiles]:
     all_stages = (3, 4, 5) if arch.multistage else (2,)
     for rows, columns, depth, warps, stages in every(all_rows, all_columns, all_depths, (4, 8), all_stages):
         plain = GemmTiles(rows, columns, depth, warps, stages, tma=tma)
+        # Masks of columns and biases take registers of their own: large accumulators were seen to spill.
+        masked = problem.biased or product.columns % columns != 0
+        if masked and rows * columns > 64 * warps * arch.warp:
+            continue
         crowded = warps == 8 and analytical.gemm_registers(plain, product, gpu) > _AMPLE
-        yield replace(plain, registers=_AMPLE) if crowded and arch.warp == 32 else plain
+        bounded = crowded and arch.warp == 32 and not problem.biased
+        yield replace(plain, registers=_AMPLE) if bounded else plain
         swap = replace(plain, swap=True)
         if rows < 64 and analytical.warp_group(swap, problem, gpu):
             yield swap
@@ -161,7 +166,9 @@ def _gemv_tiles(
     # Only loads that feed a dot are pipelined: one stage.
     for columns, depth, warps, split in every(all_columns, all_depths, (4, 8), splits):
         tiles = GemvTiles(columns, depth, warps, stages=1, split=split)
-        if analytical.gemv_resident(tiles, sums, problem.item, gpu):
+        # Programs of several warps can only share a reduction where one sees all that another stored.
+        shareable = split == 1 or gpu.architecture.barrier_orders_stores
+        if shareable and analytical.gemv_resident(tiles, sums, problem.item, gpu):
             yield tiles
 
 

@@ -74,6 +74,7 @@ class Layer:
             interleaved=first.step == 2,
             up_transposed=first.transposed,
             down_transposed=ffn.down.transposed,
+            biased=any(len(o.shape) < 3 for o in self.params),
         )
 
     @cached_property

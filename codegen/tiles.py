@@ -18,7 +18,8 @@ class Problem:
     products with x a row (2 gated, 1 plain). `shared_width`: the hidden width of all shared experts together,
     0 without. `tma`: whether the operands' layout allows descriptors (16-byte rows and base). `interleaved`:
     gate and up lie in alternate columns and are one wide product. `up_transposed`, `down_transposed`:
-    matrices lie (in, out), what is next in memory is another output's.
+    matrices lie (in, out), what is next in memory is another output's. `biased`: vectors are read beside the
+    matrices.
     """
 
     tokens: int
@@ -33,6 +34,7 @@ class Problem:
     interleaved: bool = False
     up_transposed: bool = False
     down_transposed: bool = False
+    biased: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens", "hidden", "width", "experts", "top_k"):

@@ -151,6 +151,15 @@ def test_tiles_of_transposed_matrices_are_lines_along_the_outputs() -> None:
     assert min(ups) >= 64 > min(downs)
 
 
+def test_what_the_epilogue_reads_beside_leaves_fewer_registers_to_sums() -> None:
+    even, uneven = layer("deepseek-v3", 16384), layer("gpt-oss-120b", 16384)
+    assert max(tiles.rows * tiles.columns for tiles in tiles_of(even, H200)) == 128 * 256
+    for problem in (uneven, replace(even, biased=True)):
+        assert max(t.rows * t.columns / t.warps / 32 for t in tiles_of(problem, H200)) == 64
+    assert candidates.best_grouped(even, H200).up.registers == 200
+    assert candidates.best_grouped(replace(even, biased=True), H200).up.registers == 0
+
+
 def test_a_persistent_grid_is_resident_all_at_once() -> None:
     for shape, tokens in product(SHAPES, TOKENS):
         problem = layer(shape, tokens)

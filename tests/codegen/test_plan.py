@@ -60,6 +60,7 @@ def test_a_problems_line_tells_it_from_every_other() -> None:
         replace(problem, interleaved=True),
         replace(problem, up_transposed=True),
         replace(problem, down_transposed=True),
+        replace(problem, biased=True),
     ]
     assert len({each.text for each in (problem, *others)}) == 1 + len(others)
     assert problem.text == (
