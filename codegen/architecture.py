@@ -22,7 +22,8 @@ class Architecture:
     sums) and `float32_per_clock` are operations, `shared_per_clock` bytes. `descriptors`: a copy engine
     that reads tiles by tensor descriptor (TMA). `warp_groups`: products by four warps at once, of at least
     64 rows, whose operands stay in shared memory (wgmma, tcgen05). `multistage`: copies to shared memory
-    that run ahead of the product by more than one step (cp.async and TMA).
+    that run ahead of the product by more than one step (cp.async and TMA). `barrier_orders_stores`: after a
+    block's barrier, what one thread releases takes the stores of all threads with it (kernels/arrive.py).
     """
 
     target: str
@@ -41,6 +42,7 @@ class Architecture:
     descriptors: bool = False
     warp_groups: bool = False
     multistage: bool = True
+    barrier_orders_stores: bool = True
 
     def resident_blocks(self, registers: int, shared: int, warps: int) -> int:
         """How many blocks a processor holds at once; 0 where not even one fits.
@@ -94,6 +96,7 @@ def _amd(target: str, lds_kb: int, matmul: int) -> Architecture:
         matmul_per_clock=matmul,
         float32_per_clock=256,
         multistage=False,
+        barrier_orders_stores=False,
     )
 
 

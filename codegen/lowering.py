@@ -422,6 +422,7 @@ def _route_tiles(layer: Layer, tokens: int, gpu: Gpu) -> RouteTiles:
         operand_bytes=max(SIZES[layer.x], SIZES[weight]),
         processors=gpu.processors,
         shared=gpu.architecture.block_shared,
+        barrier_orders_stores=gpu.architecture.barrier_orders_stores,
     )
 
 
