@@ -31,9 +31,10 @@ def count(
     """The pairs of every expert in one chunk. Grid: (chunks,)."""
     chunk = tl.program_id(0)
     pairs = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert = tl.load(ids + pairs, mask=pairs < P, other=-1).to(tl.int32)
+    expert = tl.load(ids + pairs, mask=pairs < P, other=-1)
+    routed = (expert >= 0) & (expert < E)
+    found = tl.histogram(expert.to(tl.int32), E_PAD, mask=routed)
     columns = tl.arange(0, E_PAD)
-    found = tl.histogram(expert, E_PAD, mask=(expert >= 0) & (expert < E))
     tl.store(counts + chunk * E + columns, found, mask=columns < E)
 
 
@@ -79,9 +80,9 @@ def scatter(
     next_row = offset + before
     for first in range(0, CHUNK, BLOCK):
         pair = chunk * CHUNK + first + tl.arange(0, BLOCK)
-        expert = tl.load(ids + pair, mask=pair < P, other=-1).to(tl.int32)
+        expert = tl.load(ids + pair, mask=pair < P, other=-1)
         routed = (expert >= 0) & (expert < E)
-        expert = tl.where(routed, expert, 0)
+        expert = tl.where(routed, expert, 0).to(tl.int32)
         same = (expert[:, None] == expert[None, :]) & (pair[:, None] > pair[None, :]) & routed[None, :]
         rank = tl.sum(same.to(tl.int32), axis=1)
         tl.store(pairs + tl.gather(next_row, expert, 0) + rank, pair, mask=routed)

@@ -13,6 +13,8 @@ A token, E = 4, K = 2, softmax, renormalised, with a bias that selects:
 A program holds the logits of BLOCK_T tokens. Of many tokens, each block is multiplied with all experts by one
 program. Of few, a block's experts are split over several, and the last one to have multiplied selects.
 
+Constants say what the router does (RouterSpec), then where it rounds to less than fp32, then how it is done.
+
 Experts lie in columns, group by group, both padded to powers of two; so columns are in the order of experts,
 and whichever comes first wins a tie. Three groups of three experts:
 
@@ -34,13 +36,12 @@ def route(
     selection_bias,  # [E], read if SELECTION_BIAS
     ids,  # int32 [T, K]
     weights,  # [T, K]
-    logits,  # float32 [T, E], a workspace, used if SPLIT
-    arrivals,  # int32 [cdiv(T, BLOCK_T)], zeros before and after, used if SPLIT
+    logits,  # float32 [T, E], a workspace, if SPLIT
+    arrivals,  # int32, one for each block of tokens, zeros before and after, if SPLIT
     T,
     E: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
-    # What the router does, see RouterSpec.
     LOGITS_BIAS: tl.constexpr,
     SELECTION_BIAS: tl.constexpr,
     SOFTMAX: tl.constexpr,  # else sigmoid
@@ -53,7 +54,6 @@ def route(
     RENORMALIZE: tl.constexpr,
     EPSILON: tl.constexpr,
     SCALE: tl.constexpr,
-    # Where it rounds to less than fp32.
     PRODUCT_DTYPE: tl.constexpr,
     ROUND_OPERANDS: tl.constexpr,
     LOGITS_DTYPE: tl.constexpr,
@@ -62,11 +62,10 @@ def route(
     ROUND_SCORES: tl.constexpr,
     RANK_DTYPE: tl.constexpr,
     ROUND_RANKED: tl.constexpr,
-    # How.
     SPLIT: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,  # experts of a program; COLUMNS unless SPLIT
+    BLOCK_E: tl.constexpr,  # experts that a program multiplies with
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
     COLUMNS: tl.constexpr,  # GROUPS_PAD · GROUP_COLUMNS
@@ -74,29 +73,28 @@ def route(
     GROUP_COLUMNS: tl.constexpr,
     K_PAD: tl.constexpr,
 ):
-    """ids and weights (T, K), best first. Grid: (cdiv(T, BLOCK_T), cdiv(E, BLOCK_E) if SPLIT else 1)."""
+    """ids and weights (T, K), best first. Grid: blocks of tokens, programs that share a block's experts."""
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    column = tl.arange(0, COLUMNS)
-    if GROUPS > 1:
-        expert = column // GROUP_COLUMNS * GROUP_EXPERTS + column % GROUP_COLUMNS
-        real = (column // GROUP_COLUMNS < GROUPS) & (column % GROUP_COLUMNS < GROUP_EXPERTS)
-    else:
-        expert = column
-        real = column < E
     if SPLIT:
-        own = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-        own_real = own < E
+        expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+        real = expert < E
     else:
-        own = expert
-        own_real = real
+        column = tl.arange(0, COLUMNS)
+        expert, real = in_columns(
+            column=column,
+            E=E,
+            GROUPS=GROUPS,
+            GROUP_EXPERTS=GROUP_EXPERTS,
+            GROUP_COLUMNS=GROUP_COLUMNS,
+        )
 
     if DOT:
         logit = multiply(
             x=x,
             weight=weight,
             token=token,
-            expert=own,
-            real=own_real,
+            expert=expert,
+            real=real,
             T=T,
             D=D,
             PRODUCT_DTYPE=PRODUCT_DTYPE,
@@ -110,8 +108,8 @@ def route(
             x=x,
             weight=weight,
             token=token,
-            expert=own,
-            real=own_real,
+            expert=expert,
+            real=real,
             T=T,
             D=D,
             PRODUCT_DTYPE=PRODUCT_DTYPE,
@@ -122,15 +120,23 @@ def route(
             STAGES=STAGES,
         )
     if LOGITS_BIAS:
-        logit += tl.load(bias + own, mask=own_real, other=0.0).to(tl.float32)[None, :]
+        logit += tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)[None, :]
     if ROUND_LOGITS:
         logit = logit.to(LOGITS_DTYPE).to(tl.float32)
 
     if SPLIT:
-        inside = (token[:, None] < T) & own_real[None, :]
-        tl.store(logits + token[:, None] * E + own[None, :], logit, mask=inside)
+        inside = (token[:, None] < T) & real[None, :]
+        tl.store(logits + token[:, None] * E + expert[None, :], logit, mask=inside)
         if not last_to_arrive(arrivals + tl.program_id(0), tl.num_programs(1)):
             return
+        column = tl.arange(0, COLUMNS)
+        expert, real = in_columns(
+            column=column,
+            E=E,
+            GROUPS=GROUPS,
+            GROUP_EXPERTS=GROUP_EXPERTS,
+            GROUP_COLUMNS=GROUP_COLUMNS,
+        )
         inside = (token[:, None] < T) & real[None, :]
         there = logits + token[:, None] * E + expert[None, :]
         logit = tl.load(there, mask=inside, other=0.0, cache_modifier=".cg")
@@ -167,6 +173,23 @@ def route(
         GROUP_COLUMNS=GROUP_COLUMNS,
         K_PAD=K_PAD,
     )
+
+
+@triton.jit
+def in_columns(
+    column,
+    E: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_EXPERTS: tl.constexpr,
+    GROUP_COLUMNS: tl.constexpr,
+):
+    """The expert in each column, and whether there is one."""
+    if GROUPS > 1:
+        group = column // GROUP_COLUMNS
+        member = column % GROUP_COLUMNS
+        return group * GROUP_EXPERTS + member, (group < GROUPS) & (member < GROUP_EXPERTS)
+    else:
+        return column, column < E
 
 
 @triton.jit

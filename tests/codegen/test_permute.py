@@ -107,8 +107,8 @@ def test_all_dropped() -> None:
 
 
 def test_ids_that_name_no_expert_are_dropped() -> None:
-    # 3 is within the padded experts, the others are far outside; no kernel may write there.
-    check(torch.tensor([0, 3, 2, 4, -2, 1 << 30, -(1 << 31), 1]), 3, SMALL, 16, 16)
+    # 3 is within the padded experts, the last one is 1 in its lower half; no kernel may write there.
+    check(torch.tensor([0, 3, 2, 4, -2, 1 << 30, -(1 << 31), 1, (1 << 32) + 1]), 3, SMALL, 16, 16)
 
 
 def test_the_worked_example() -> None:
