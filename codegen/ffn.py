@@ -25,8 +25,8 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Ffn:
-    """A body in the kernels' form. `width` is F; `weighed_input`: x is multiplied by its routing weight
-    first.
+    """A body in the kernels' form. `width` is F; x is first multiplied by `factor`, a term of its routing
+    weight, where there is one.
     """
 
     hidden: int
@@ -34,7 +34,7 @@ class Ffn:
     middle: Term
     down: Product
     last: Term
-    weighed_input: bool
+    factor: Term | None
 
     @property
     def products(self) -> list[Product]:
@@ -78,7 +78,7 @@ def as_ffn(body: Body, hidden: int, params: Sequence[Operand]) -> Ffn:
     inputs = {body.steps[at].args[0] for at, _ in inner.products}
     if len(inputs) > 1:
         raise Unsupported("its first products read different rows")
-    weighed = _is_weighed(body, inputs.pop())
+    factor = _factor(body, inputs.pop(), widths)
     for at, columns in inner.products:
         first = body.steps[at]
         part = Product(_param(body, first.args[1]), first.op == "matmul", columns.first, columns.step)
@@ -86,7 +86,7 @@ def as_ffn(body: Body, hidden: int, params: Sequence[Operand]) -> Ffn:
     _require_pair(middle.products, params)
     _put_gate_first(middle)
     last.products.append(down)
-    return Ffn(hidden, widths[row], middle, down, last, weighed)
+    return Ffn(hidden, widths[row], middle, down, last, factor)
 
 
 class _Reader:
@@ -149,18 +149,24 @@ def _param(body: Body, at: int) -> int:
     return int(step.attrs[0] or 0)
 
 
-def _is_weighed(body: Body, at: int) -> bool:
-    """Whether the rows that are multiplied are x · w rather than x. Raises Unsupported for anything else."""
+def _factor(body: Body, at: int, widths: Sequence[int]) -> Term | None:
+    """What x is multiplied by before the products: a term of the routing weight, or None where it is x
+    itself. Raises Unsupported for anything else.
+    """
     step = body.steps[at]
     while step.op == "cast":
         step = body.steps[step.args[0]]
-    if step.op == "mul":
-        ops = {_under_casts(body, a) for a in step.args}
-        if ops == {"x", "w"}:
-            return True
-    if step.op != "x":
+    if step.op == "x":
+        return None
+    others = [a for a in step.args if _under_casts(body, a) != "x"]
+    if step.op != "mul" or len(others) != 1 or widths[others[0]] != 1:
         raise Unsupported("its first product reads something computed from x")
-    return False
+    factor = Term()
+    reader = _Reader(body, widths, factor)
+    factor.result = reader.read(others[0], _Columns(0, 1, 1))
+    if reader.products or factor.vectors:
+        raise Unsupported("x is multiplied by more than a term of its routing weight")
+    return factor
 
 
 def _under_casts(body: Body, at: int) -> str:

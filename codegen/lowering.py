@@ -110,6 +110,14 @@ class _Experts:
         """Outputs of the last matrices."""
         return _outputs(self.down, self.ffn.down.transposed)
 
+    def before_down(self) -> dict[str, Function]:
+        """What is generated for the kernel of the first products."""
+        made = {"activate": self.activate()}
+        if self.ffn.factor:
+            doc = "What a row is multiplied by before its expert's products."
+            made["weigh"] = self._function("weigh", doc, self.ffn.factor, [])
+        return made
+
     def activate(self) -> Function:
         """The function between the products."""
         names = ["gate", "up"] if self.gated else ["up"]
@@ -222,7 +230,7 @@ def _decode(layer: Layer, tokens: int, gpu: Gpu, plan: Decode, doc: str) -> str:
         "SPLIT": plan.up.split,
         "GATED": experts.gated,
         "TRANSPOSED": first[0].transposed,
-        "WEIGHED_INPUT": ffn.weighed_input,
+        "WEIGHED_INPUT": ffn.factor is not None,
         "WEIGHED": ffn.middle.weighs,
     }
     down = known | {
@@ -236,7 +244,7 @@ def _decode(layer: Layer, tokens: int, gpu: Gpu, plan: Decode, doc: str) -> str:
         "WEIGHTED_SUM": ffn.is_weighted,
         "ADDED": layer.added,
     }
-    up_functions, down_functions = {"activate": experts.activate()}, {"finish": experts.finish()}
+    up_functions, down_functions = experts.before_down(), {"finish": experts.finish()}
     up_vectors = {"vectors": experts.vectors(ffn.middle)}
     down_vectors = {"vectors": experts.vectors(ffn.last)}
     if shared:
@@ -295,10 +303,10 @@ def _up_root(experts: _Experts, tiles: GemmTiles, top_k: int, is_sorted: bool) -
         "TMA": tiles.tma,
         "SWAP": tiles.swap,
         "EVEN": ffn.hidden % tiles.depth == 0,
-        "WEIGHED_INPUT": ffn.weighed_input,
+        "WEIGHED_INPUT": ffn.factor is not None,
         "WEIGHED": ffn.middle.weighs,
     }
-    functions = {"activate": experts.activate()}
+    functions = experts.before_down()
     return Root(
         "grouped_ffn",
         "grouped_up",

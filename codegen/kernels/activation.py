@@ -11,6 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
+def weigh(weight):
+    """w"""
+    return weight
+
+
+@triton.jit
 def activate(gate, up, weight, expert, column, inside, vectors):
     """silu(gate) · up"""
     return gate * tl.sigmoid(gate) * up

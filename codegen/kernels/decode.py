@@ -16,7 +16,7 @@ and the last to arrive adds the parts in their order.
 import triton
 import triton.language as tl
 
-from dsmoe_compiler.codegen.kernels.activation import activate, activate_shared, finish, finish_shared
+from dsmoe_compiler.codegen.kernels.activation import activate, activate_shared, finish, finish_shared, weigh
 from dsmoe_compiler.codegen.kernels.arrive import last_to_arrive
 
 
@@ -211,7 +211,8 @@ def decode_up(
             GATED,
         )
         if WEIGHED_INPUT:
-            gate, up = gate * weight, up * weight
+            factor = weigh(weight)
+            gate, up = gate * factor, up * factor
         inside = column < F
         if SPLIT > 1:
             block = pair * tl.num_programs(1) + tl.program_id(1)

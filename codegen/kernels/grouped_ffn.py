@@ -18,7 +18,7 @@ matrix, one after the other or in alternate columns (INTERLEAVED), or in two. D 
 import triton
 import triton.language as tl
 
-from dsmoe_compiler.codegen.kernels.activation import activate, finish
+from dsmoe_compiler.codegen.kernels.activation import activate, finish, weigh
 
 
 @triton.jit
@@ -131,6 +131,8 @@ def grouped_up(
             token = row
         if WEIGHED_INPUT or WEIGHED:
             weight = tl.load(weights + pair, mask=chosen, other=0.0).to(tl.float32)
+        if WEIGHED_INPUT:
+            factor = weigh(weight)
 
         x_rows = x + token.to(tl.int64)[:, None] * D + tl.arange(0, DEPTH)[None, :]
         if INTERLEAVED:
@@ -153,7 +155,7 @@ def grouped_up(
                     x_rows + k, mask=chosen[:, None] & (k + tl.arange(0, DEPTH) < D)[None, :], other=0.0
                 )
             if WEIGHED_INPUT:
-                rows = rows.to(tl.float32) * weight[:, None]
+                rows = rows.to(tl.float32) * factor[:, None]
             if INTERLEAVED:
                 tile = weight_tile(
                     up_weight,

@@ -167,7 +167,7 @@ def _body(
             text = f"add({text},p{len(shapes) - 1})"
         return text
 
-    row = "mul(x,w)" if weighs == "input" else "x"
+    row = {"input": "mul(x,w)", "input's sigmoid": "mul(x,sigmoid(w))"}.get(weighs, "x")
     if "{g}" not in MIDDLES[name]:
         lets, gate, up = "", "", matrix(row, width, hidden)
     elif layout == "separate":

@@ -33,7 +33,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "layout": LAYOUTS,
     "transposed": (False, True),
     "biased": (False, True),
-    "weighs": ("output", "input", "middle"),
+    "weighs": ("output", "input", "input's sigmoid", "middle"),
     "router": ("", *ROUTERS),
     "shared": ("", "plain", "gated"),
     "tokens": (0, 1, 2, 7, 64, 130),
