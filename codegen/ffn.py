@@ -72,9 +72,11 @@ def as_ffn(body: Body, hidden: int, params: Sequence[Operand]) -> Ffn:
     middle = Term()
     inner = _Reader(body, widths, middle)
     row = step.args[0]
+    if _under_casts(body, row) == "x":
+        raise Unsupported("it has one product only")
     middle.result = inner.read(row, _Columns(0, 1, widths[row]))
     if not inner.products:
-        raise Unsupported("it has one product only")
+        raise Unsupported("its hidden row is no product")
     inputs = {body.steps[at].args[0] for at, _ in inner.products}
     if len(inputs) > 1:
         raise Unsupported("its first products read different rows")
