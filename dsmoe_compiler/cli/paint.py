@@ -58,9 +58,20 @@ _STYLES: dict[Kind, str] = {
 
 def print_explanation(to: Console, report: Report, alike: Sequence[Alike]) -> None:
     """Why these layers of a report were refused, or how they were understood."""
-    width = min(to.width, WIDEST) if to.is_terminal else WIDTH
-    for line in page(report, alike, width):
+    for line in page(report, alike, reading_width(to)):
         to.print(Text(line.text, style=_STYLES.get(line.kind, "") if to.is_terminal else ""))
+
+
+def reading_width(to: Console) -> int:
+    """How wide sentences are: the terminal's width up to what is good to read, elsewhere a fixed one."""
+    return min(to.width, WIDEST) if to.is_terminal else WIDTH
+
+
+def print_code(to: Console, text: str, language: str) -> None:
+    """A program's text in the colours of its language, its lines whole."""
+    from rich.syntax import Syntax
+
+    to.print(Syntax("", language, theme="ansi_dark", background_color="default").highlight(text), end="")
 
 
 def print_grid(to: Console, grid: Grid) -> None:

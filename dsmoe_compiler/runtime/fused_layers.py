@@ -50,8 +50,8 @@ class FusedLayer:
     def on_meta(self, tokens: int) -> Operands:
         """The tensors of a call with so many tokens, on the meta device."""
         given = self.operands
-        rows = {n: _longer(t, tokens) for n in ("x", "ids", "weights") if (t := getattr(given, n)) is not None}
-        return replace(given, **rows)
+        ids, weights = (t if t is None else _longer(t, tokens) for t in (given.ids, given.weights))
+        return replace(given, x=_longer(given.x, tokens), ids=ids, weights=weights)
 
     def arguments(self, given: Operands) -> dict[str, Any]:
         """What a module's host function takes of these tensors, by name."""

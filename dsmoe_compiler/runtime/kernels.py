@@ -65,10 +65,9 @@ def gpu_for(target: str | None, name: str | None) -> Gpu:
         return gpu
     if target is None:
         return of_device() if torch.cuda.is_available() else for_target("sm_90")
-    try:
-        return for_target(target)
-    except ValueError:
-        raise InputError(unknown("architecture", target, ARCHITECTURES)) from None
+    if target not in ARCHITECTURES:
+        raise InputError(unknown("architecture", target, ARCHITECTURES))
+    return for_target(target)
 
 
 def _catalogued(name: str) -> Gpu:
