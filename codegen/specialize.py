@@ -57,8 +57,20 @@ def module_text(doc: str, host: Source, constants: Constants, roots: Mapping[str
 
 
 def _tidy(text: str) -> str:
-    """A function's text without the blank lines that a branch left behind."""
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    """A function's text without the blank lines that a branch left behind, nor the breaks of lines that fit
+    where the branch around them is gone.
+    """
+    return re.sub(r"\n{3,}", "\n\n", _BROKEN.sub(_joined, text)).rstrip() + "\n"
+
+
+# A bracket that opens at the end of a line, its whole content in the next, and that closes in the third. (A
+# trailing comma would keep the lines apart.)
+_BROKEN = re.compile(r"^( *)(\S.*[(\[])\n\1    (\S[^#\n]*[^#,\n])\n\1([)\]].*)$", re.MULTILINE)
+
+
+def _joined(broken: re.Match[str]) -> str:
+    line = "".join(broken.groups())
+    return line if len(line) <= emit.LINE else broken[0]
 
 
 class _Writer:
