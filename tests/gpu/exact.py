@@ -102,7 +102,8 @@ def _ahead(values: Tensor, count: int, margin: float) -> Tensor:
 def by_token(out: Tensor, expected: Tensor) -> Tensor:
     """Each row's ‖out − expected‖ / ‖expected‖ (rows,), over the last dimension."""
     difference = torch.linalg.vector_norm(out.double() - expected.double(), dim=-1)
-    return (difference / torch.linalg.vector_norm(expected.double(), dim=-1)).flatten()
+    lengths = torch.linalg.vector_norm(expected.double(), dim=-1)
+    return torch.flatten(difference / lengths)
 
 
 @contextmanager

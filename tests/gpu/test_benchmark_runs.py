@@ -1,0 +1,47 @@
+"""The GPU benchmark runs from end to end, on tiny layers in the interpreter: no device is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _dry(path: Path, *options: str) -> dict[str, object]:
+    """What it writes to a file; its exit status is 0."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--json", str(path), *options]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(path.parent)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    found: dict[str, object] = json.loads(path.read_text())
+    return found
+
+
+def test_peers(tmp_path: Path) -> None:
+    found = _dry(tmp_path / "gpu.json", "--shapes", "S6", "--tokens", "3")
+    cases = found["cases"]
+    assert isinstance(cases, list) and [c["routing"] for c in cases] == ["uniform", "skewed"]
+    uniform = cases[0]
+    assert {"ours", "ours, whole layer", "torch grouped_mm"} <= set(uniform["figures"])
+    assert all(f["times"]["microseconds"] > 0 for f in uniform["figures"].values())
+    assert uniform["figures"]["ours"]["error"] < 1e-5 and uniform["floor"] > 0
+    assert found["skipped"] == [] and found["gpu"] == "none: a dry run"
+    assert (tmp_path / "gpu.svg").read_text().startswith("<svg")
+
+
+def test_plans(tmp_path: Path) -> None:
+    found = _dry(tmp_path / "plans.json", "--shapes", "S1", "--tokens", "3", "--plans", "2", "--store")
+    contests = found["plans"]
+    assert isinstance(contests, list) and len(contests) == 1
+    tried = contests[0]["tried"]
+    assert 2 <= len(tried) <= 3 and all(t["microseconds"] > 0 and t["failed"] is None for t in tried)
+    assert contests[0]["gain"] >= 1.0
+    assert list(tmp_path.glob("dsmoe/tuned/*/*.json"))
+
+
+def test_what_no_time_is_left_for_is_named(tmp_path: Path) -> None:
+    found = _dry(tmp_path / "gpu.json", "--shapes", "S1", "--tokens", "1", "--minutes", "0")
+    assert found["cases"] == []
+    assert found["skipped"] == ["S1, T=1, uniform", "S1, T=1, skewed"]
