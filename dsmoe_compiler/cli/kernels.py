@@ -11,6 +11,7 @@ from dsmoe_compiler.cli.input_option import ExampleInput, input_option
 from dsmoe_compiler.cli.kernels_emit import Emit, Wanted, emitted, require_stage
 from dsmoe_compiler.cli.kernels_model import DTYPES, fused_model, load_kernels
 from dsmoe_compiler.cli.kernels_table import plans_of
+from dsmoe_compiler.cli.kernels_tune import bench_here, tunings
 from dsmoe_compiler.cli.output_file import require_text_place
 from dsmoe_compiler.cli.stages import stages
 
@@ -52,6 +53,12 @@ class Answer(Protocol):
     type=click.Choice(get_args(Emit)),
     help="Print a layer's module of kernels, what each is compiled to, or what each takes of the GPU.",
 )
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="Measure the most promising plans on the GPU at hand, check what they compute, and keep the fastest "
+    "for all later runs.",
+)
 @click.option("--layer", "wanted", metavar="NAME", help="Only this layer: its name, or its number from 0.")
 @click.option("--kernel", metavar="NAME", help="With --emit: only this kernel.")
 @click.option(
@@ -70,6 +77,7 @@ def kernels(
     gpu_name: str | None,
     arch: str | None,
     emit: Emit | None,
+    tune: bool,
     wanted: str | None,
     kernel: str | None,
     output: Path | None,
@@ -87,23 +95,29 @@ def kernels(
       dsmoe kernels deepseek-moe-16b --dtype bfloat16 --emit triton -T 4096 -o layer.py
       dsmoe kernels deepseek-moe-16b --dtype bfloat16 --emit resources --arch gfx942
       dsmoe kernels deepseek-moe-tiny --emit ptx -T 1 --kernel decode_up
+      dsmoe kernels deepseek-moe-16b --dtype bfloat16 --tune -T 1 -T 4096
     """
     output = None if output == Path("-") else output
     _require_sense(emit, kernel, output, tokens, as_json)
+    if tune and (emit or arch or gpu_name):
+        raise click.UsageError("--tune measures the GPU at hand: leave out --emit, --arch and --gpu.")
     if output is not None:
         require_text_place(output)
     with stages() as stage:
         load_kernels(stage)
         from dsmoe_compiler.runtime.kernels import gpu_for
 
+        bench = bench_here() if tune else None
         gpu = gpu_for(arch, gpu_name)
         if emit is not None:
             require_stage(gpu, emit)
         model = fused_model(text, inputs, dtype, stage)
         if wanted is not None:
             model = model.only(wanted)
-        if emit is None:
-            answer: Answer = plans_of(model, tokens or BUCKETS, gpu, stage)
+        if bench is not None:
+            answer: Answer = tunings(model, tokens or BUCKETS, bench, stage)
+        elif emit is None:
+            answer = plans_of(model, tokens or BUCKETS, gpu, stage)
         else:
             answer = emitted(model, Wanted(emit, tokens or (4096,), kernel, output), gpu, stage)
     for note in (*model.notes, *answer.notes):

@@ -164,7 +164,7 @@ def plans_grid(plans: Sequence[Planned]) -> Grid:
 
 
 def _kernels(plan: Planned) -> Iterator[tuple[str, ...]]:
-    yield from _two(plan.choice.plan, "decode " if _is_decode(plan.choice.plan) else "grouped ")
+    yield from _two(plan.choice.plan, "decode " if is_decode(plan.choice.plan) else "grouped ")
     if plan.choice.shared is not None:
         yield from _two(plan.choice.shared, "shared ")
 
@@ -191,7 +191,8 @@ def options(tiles: GemmTiles | GemvTiles) -> str:
     return " ".join(told)
 
 
-def _is_decode(plan: Plan) -> bool:
+def is_decode(plan: Plan) -> bool:
+    """Whether nothing is sorted: matrix-vector products."""
     from dsmoe_compiler.runtime.kernels import Decode
 
     return isinstance(plan, Decode)
@@ -221,7 +222,7 @@ def plan_record(plan: Planned) -> dict[str, Any]:
     return {
         "tokens": plan.tokens,
         "bucket": plan.choice.tokens,
-        "kernels": "decode" if _is_decode(plan.choice.plan) else "grouped",
+        "kernels": "decode" if is_decode(plan.choice.plan) else "grouped",
         **asdict(plan.choice.plan),
         "shared": None if shared is None else asdict(shared),
         "from": plan.origin,
