@@ -19,7 +19,7 @@ from dsmoe_compiler.codegen import lowering
 from dsmoe_compiler.codegen.gpu import for_target
 from dsmoe_compiler.codegen.layer import Layer
 from dsmoe_compiler.codegen.lowering import Choice
-from dsmoe_compiler.codegen.tiles import Problem
+from dsmoe_compiler.codegen.tiles import Decode, Problem
 from dsmoe_compiler.runtime import trials, tune
 from dsmoe_compiler.runtime.fused_layers import FusedLayer
 from tests.cli.fakes import run, wrong
@@ -147,7 +147,9 @@ def test_where_every_plan_fails_nothing_is_kept(gpu: Here, monkeypatch: pytest.M
 
 @dataclass
 class FakeTrials:
-    """Says that every plan is slower than the next, and the layer without shared experts faster by a quarter."""
+    """Says that every grouped plan is slower than the next, and the layer without its shared experts faster by
+    a quarter.
+    """
 
     fused: FusedLayer
     problem: Problem
@@ -157,7 +159,8 @@ class FakeTrials:
 
     def run(self, choice: Choice) -> trials.Trial:
         self.measured += 1
-        return trials.Trial(choice, 1000.0 - self.measured, 0.0)
+        decode = 1000.0 if isinstance(choice.plan, Decode) else 0.0
+        return trials.Trial(choice, 1000.0 - self.measured + decode, 0.0)
 
     def better(self, best: trials.Trial, choice: Choice) -> trials.Trial:
         return min(best, self.run(choice), key=lambda trial: trial.microseconds)
