@@ -21,7 +21,7 @@ from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped, 
 _KEPT = 4
 # Registers a thread of eight warps that the largest tiles were seen to do with. Left alone, Triton 3.6 takes
 # all there are for the same code.
-_AMPLE = 200
+AMPLE = 200
 # Blocks a processor that a persistent grid is laid out for.
 _RESIDENT = (1, 2, 3, 4)
 
@@ -140,9 +140,9 @@ def _gemm_shapes(product: Product, gpu: Gpu) -> Iterator[GemmTiles]:
         masked = problem.biased or product.columns % columns != 0
         if masked and rows * columns > 64 * warps * arch.warp:
             continue
-        crowded = warps == 8 and analytical.gemm_registers(plain, product, gpu) > _AMPLE
+        crowded = warps == 8 and analytical.gemm_registers(plain, product, gpu) > AMPLE
         bounded = crowded and arch.warp == 32 and not problem.biased
-        yield replace(plain, registers=_AMPLE) if bounded else plain
+        yield replace(plain, registers=AMPLE) if bounded else plain
         swap = replace(plain, swap=True)
         if rows < 64 and analytical.warp_group(swap, problem, gpu):
             yield swap

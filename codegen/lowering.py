@@ -332,6 +332,7 @@ def _down_root(experts: _Experts, tiles: GemmTiles, is_sorted: bool) -> Root:
         "TMA": tiles.tma,
         "SWAP": tiles.swap,
         "EVEN": ffn.width % tiles.depth == 0,
+        "HALVES": tiles.columns >= 256 and not tiles.swap,
         "WEIGHED": ffn.last.weighs,
     }
     functions = {"finish": experts.finish()}

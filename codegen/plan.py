@@ -5,9 +5,11 @@ Nothing above this module knows the vendor of a GPU.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from dsmoe_compiler.codegen import candidates, tuned
+from dsmoe_compiler.codegen.candidates import AMPLE
 from dsmoe_compiler.codegen.gpu import Gpu
 from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped, Plan, Problem
 
@@ -34,7 +36,7 @@ def choose(problem: Problem, gpu: Gpu, triton: str) -> Plan:
 
     `triton` is the version of Triton ("3.9.0"): measurements count for one minor version.
     """
-    return tuned.lookup(problem, gpu, triton) or _modelled(problem, gpu)
+    return tuned.lookup(problem, gpu, triton) or _for_version(_modelled(problem, gpu), gpu, triton)
 
 
 def choose_shared(problem: Problem, gpu: Gpu, triton: str) -> Grouped:
@@ -44,7 +46,25 @@ def choose_shared(problem: Problem, gpu: Gpu, triton: str) -> Grouped:
     if problem.shared is None:
         raise ValueError(f"a layer without shared experts: {problem.text}")
     plan = tuned.lookup(problem.shared, gpu, triton)
-    return plan if isinstance(plan, Grouped) else _modelled_grouped(problem.shared, gpu)
+    if isinstance(plan, Grouped):
+        return plan
+    modelled = _for_version(_modelled_grouped(problem.shared, gpu), gpu, triton)
+    assert isinstance(modelled, Grouped)
+    return modelled
+
+
+def _for_version(plan: Plan, gpu: Gpu, triton: str) -> Plan:
+    """The plan as a version of Triton needs it: 3.6 takes some 50 registers more than 3.7 and later for a
+    product of biased columns, and none more once it is told the limit.
+    """
+    early = tuple(map(int, triton.split(".")[:2])) < (3, 7)
+    if isinstance(plan, Decode) or not early or gpu.architecture.warp != 32:
+        return plan
+    return replace(plan, up=_limited(plan.up), down=_limited(plan.down))
+
+
+def _limited(tiles: GemmTiles) -> GemmTiles:
+    return replace(tiles, registers=tiles.registers or AMPLE) if tiles.warps == 8 else tiles
 
 
 @lru_cache(maxsize=1024)

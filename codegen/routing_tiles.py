@@ -92,7 +92,7 @@ class PermuteTiles:
     chunk: int
     block: int = 64
     count_rows: int = 8
-    tiles: int = 16
+    tiles: int = 8
     count_warps: int = 4
     scatter_warps: int = 8
 

@@ -253,6 +253,7 @@ def grouped_down(
     TMA: tl.constexpr,
     SWAP: tl.constexpr,
     EVEN: tl.constexpr,
+    HALVES: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):
     """y[pair of row r] = finish(h[r] · W_downᵀ, routing weight): (T·K, D), in the pairs' own order.
@@ -315,4 +316,13 @@ def grouped_down(
                 weight = weight[:, None]
         inside = column < D
         out = finish(down, weight, expert, column, inside, vectors)
-        tl.store(y + pair.to(tl.int64) * D + column, out.to(y.dtype.element_ty), mask=chosen & inside)
+        out = out.to(y.dtype.element_ty)
+        if HALVES:
+            # Addresses of half the columns at a time: those of all do not fit into registers beside the sums.
+            left, right = out.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+            column = n + tl.arange(0, COLUMNS // 2)[None, :]
+            tl.store(y + pair.to(tl.int64) * D + column, left, mask=chosen & (column < D))
+            column += COLUMNS // 2
+            tl.store(y + pair.to(tl.int64) * D + column, right, mask=chosen & (column < D))
+        else:
+            tl.store(y + pair.to(tl.int64) * D + column, out, mask=chosen & (column < D))
