@@ -147,8 +147,8 @@ def test_where_every_plan_fails_nothing_is_kept(gpu: Here, monkeypatch: pytest.M
 
 @dataclass
 class FakeTrials:
-    """Says that every grouped plan is slower than the next, and the layer without its shared experts faster by
-    a quarter.
+    """Says that every grouped plan is slower than the next, and the layer faster by a quarter without its
+    shared experts.
     """
 
     fused: FusedLayer
