@@ -1,6 +1,6 @@
 """Generated kernels on a GPU against its ceilings and against other ways to run the same experts.
 
-    python -m benchmarks.gpu [--shapes S1,S3,S5] [--tokens 1,8,…] [--minutes 8] [--json PATH]
+    python -m benchmarks.gpu [--shapes S1,S3,S5] [--tokens 1,8,…] [--minutes 7] [--json PATH]
                              [--vllm-kernel PATH] [--sglang-kernel PATH]
     python -m benchmarks.gpu --plans 8 [--store]
 
@@ -240,7 +240,7 @@ def _names(text: str | None, known: Sequence[str], default: Sequence[str]) -> li
 @click.command(help="Generated kernels on a GPU against its ceilings and against other ways.")
 @click.option("--shapes", help=f"Layers, with commas; {','.join(DEFAULT)} unless given.")
 @click.option("--tokens", help="Numbers of tokens, with commas.")
-@click.option("--minutes", default=8.0, help="When to be over; what is left then is named.")
+@click.option("--minutes", default=7.0, help="When to begin nothing more; what is left is named.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the figures to this file.")
 @click.option("--plans", default=0, help="Time that many of the best candidate plans instead.")
 @click.option("--store", is_flag=True, help="Keep the fastest plans in the user's table.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +39,13 @@ def together(
     device: torch.device,
     waiting: Set[str] = frozenset(),
 ) -> dict[str, Times]:
-    """Time candidates, each by its calls on one set of inputs after another, for about `seconds` in all. Those
-    `waiting` for the GPU are not captured.
+    """Time candidates, each by its calls on one set of inputs after another, for about `seconds` in all.
+    Those `waiting` for the GPU are not captured.
     """
     runs = {name: _run(calls, device, name not in waiting) for name, calls in candidates.items()}
     once = sum(_seconds(run, device) for run, _ in runs.values())
-    rounds = int(min(_MOST, max(_FEWEST, seconds / max(once, 1e-6))))
+    fewest = _FEWEST if device.type == "cuda" else 2
+    rounds = int(min(_MOST, max(fewest, seconds / max(once, 1e-6))))
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds):
         for name in list(runs)[:: 1 if i % 2 else -1]:

@@ -52,7 +52,7 @@ class Inputs:
 
 def all_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Weights]:
     """The copies that take turns."""
-    copies = 4 if 4 * weight_bytes(shape) <= _COPIED else 2
+    copies = 4 if device.type == "cuda" and 4 * weight_bytes(shape) <= _COPIED else 2
     return [_weights(shape, dtype, device) for _ in range(copies)]
 
 
@@ -75,7 +75,9 @@ def sets(shape: Shape, tokens: int, routing: str, copies: Sequence[Weights]) -> 
     """So many that a graph of all is much longer than its launch, each with tokens and a routing of its own;
     every copy of the weights has its turns.
     """
-    count = max(len(copies), 16 if tokens <= 64 else 8 if tokens <= 512 else 4)
+    count = len(copies)
+    if copies[0].down.is_cuda:
+        count = max(count, 16 if tokens <= 64 else 8 if tokens <= 512 else 4)
     return [_inputs(shape, tokens, routing, copies[i % len(copies)]) for i in range(count)]
 
 

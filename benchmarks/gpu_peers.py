@@ -27,6 +27,8 @@ GROUPED = "torch grouped_mm"
 Run = Callable[[Inputs], Tensor]
 # Bytes of the copies of weights that a way which gathers them for every pair may make.
 _GATHERED = 8e9
+# Tokens up to which the batched product is worth compiling.
+_BATCHED = 8
 # Tokens up to which a loop over experts, which waits for the GPU at each, is worth a look.
 _LOOPED = 64
 
@@ -88,7 +90,7 @@ def grouped_mm(inputs: Inputs) -> Tensor:
 Wrap = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
-def transformers(implementation: str, copies: Sequence[Weights], wrap: Wrap) -> Run:
+def transformers(implementation: str, copies: Sequence[Weights], wrap: Wrap = lambda run: run) -> Run:
     """One of transformers' implementations on the same tensors, its call wrapped."""
     modules = {id(w): TransformersExperts(_as_experts(w), implementation).eval() for w in copies}
     # The module is an argument, so that one compilation serves all copies.
@@ -111,28 +113,31 @@ def _as_experts(weights: Weights) -> RoutedExperts:
 def peers(shape: Shape, tokens: int, copies: Sequence[Weights]) -> Iterator[Peer]:
     """All ways that are worth their time for so many tokens, ours first, those that compile last."""
     yield ours(shape)
-    yield from _theirs(shape, tokens, copies, _as_it_is)
+    yield Peer(GROUPED, grouped_mm)
+    if IMPLEMENTATIONS:
+        yield Peer("transformers grouped_mm", transformers("grouped_mm", copies))
+        if tokens * shape.router.top_k * expert_bytes(shape) <= _GATHERED:
+            yield Peer("transformers batched_mm", transformers("batched_mm", copies))
     if IMPLEMENTATIONS and tokens <= _LOOPED:
-        yield Peer("transformers eager", transformers("eager", copies, _as_it_is), waits=True)
+        yield Peer("transformers eager", transformers("eager", copies), waits=True)
     torch.compiler.reset()  # else at the ninth size it would run uncompiled, and not say so
-    where = copies[0].down.device.type
-    for peer in _theirs(shape, tokens, copies, lambda run: torch.compile(run, **_COMPILE[where])):
+    for peer in _compiled(shape, tokens, copies):
         yield Peer(f"torch.compile of {peer.name}", peer.run, compiles=True)
+
+
+def _compiled(shape: Shape, tokens: int, copies: Sequence[Weights]) -> Iterator[Peer]:
+    """The grouped product, and of so few tokens that it may win, the batched one: each takes seconds."""
+    options = _COMPILE[copies[0].down.device.type]
+
+    def compiled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.compile(run, **options)  # type: ignore[no-any-return,unused-ignore]
+
+    yield Peer(GROUPED, compiled(grouped_mm))
+    if IMPLEMENTATIONS and tokens <= _BATCHED:
+        yield Peer("transformers batched_mm", transformers("batched_mm", copies, compiled))
 
 
 _COMPILE: dict[str, dict[str, Any]] = {
     "cuda": {"backend": "inductor", "dynamic": False},
     "cpu": {"backend": "aot_eager", "dynamic": False},
 }
-
-
-def _as_it_is(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return run
-
-
-def _theirs(shape: Shape, tokens: int, copies: Sequence[Weights], wrap: Wrap) -> Iterator[Peer]:
-    yield Peer(GROUPED, wrap(grouped_mm))
-    if IMPLEMENTATIONS:
-        yield Peer("transformers grouped_mm", transformers("grouped_mm", copies, wrap))
-        if tokens * shape.router.top_k * expert_bytes(shape) <= _GATHERED:
-            yield Peer("transformers batched_mm", transformers("batched_mm", copies, wrap))

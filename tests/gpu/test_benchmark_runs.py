@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -20,12 +22,14 @@ def _dry(path: Path, *options: str) -> dict[str, object]:
 
 
 def test_peers(tmp_path: Path) -> None:
-    found = _dry(tmp_path / "gpu.json", "--shapes", "S6", "--tokens", "3")
+    theirs = str(Path(__file__).with_name("foreign_kernel.py"))
+    found = _dry(tmp_path / "gpu.json", "--shapes", "S6", "--tokens", "3", "--vllm-kernel", theirs)
     cases = found["cases"]
     assert isinstance(cases, list) and [c["routing"] for c in cases] == ["uniform", "skewed"]
     uniform = cases[0]
     assert {"ours", "ours, whole layer", "torch grouped_mm"} <= set(uniform["figures"])
     assert all(f["times"]["microseconds"] > 0 for f in uniform["figures"].values())
+    assert sum(name.startswith("vLLM's kernel") for name in uniform["figures"]) >= 3
     assert uniform["figures"]["ours"]["error"] < 1e-5 and uniform["floor"] > 0
     assert found["skipped"] == [] and found["gpu"] == "none: a dry run"
     assert (tmp_path / "gpu.svg").read_text().startswith("<svg")
@@ -39,6 +43,15 @@ def test_plans(tmp_path: Path) -> None:
     assert 2 <= len(tried) <= 3 and all(t["microseconds"] > 0 and t["failed"] is None for t in tried)
     assert contests[0]["gain"] >= 1.0
     assert list(tmp_path.glob("dsmoe/tuned/*/*.json"))
+
+
+def test_aligned_pairs() -> None:
+    """Seven pairs of three experts in tiles of four, worked out by hand."""
+    from benchmarks.gpu_foreign import aligned
+
+    found = aligned(torch.tensor([[2, 0, 0], [2, 0, 0], [0, 2, 0]], dtype=torch.int32)[:, :], 3, 4)
+    assert found.pairs.tolist()[:12] == [1, 2, 4, 5, 6, 8, 9, 9, 0, 3, 7, 9]
+    assert found.filled.tolist() == [12] and found.experts.tolist()[:3] == [0, 0, 2]
 
 
 def test_what_no_time_is_left_for_is_named(tmp_path: Path) -> None:

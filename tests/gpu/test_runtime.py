@@ -165,7 +165,7 @@ def test_a_compiled_model_in_a_graph() -> None:
     ids = tokens(1, 4).to(DEVICE)
     program = dsmoe_compiler.compile(model, (ids,), backend="triton", require_fused=True)
     with torch.no_grad():
-        graph, (out,) = _captured(lambda: program.module(ids))
+        graph, out = _captured(lambda: program.module(ids)[0])
         for seed in (1, 2):
             ids.copy_(tokens(1, 4, seed=seed))
             graph.replay()
