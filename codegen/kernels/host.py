@@ -25,7 +25,13 @@ _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def counters(device, count):
-    """Zeros (int32) that every kernel leaves as zeros, a set for each stream."""
+    """Zeros (int32) that every kernel leaves as zeros, a set for each stream.
+
+    A captured graph has its own and writes the zeros itself: another one may be replayed before it or beside
+    it, and what is kept here may be replaced while the graph is still used.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _COUNTERS.get((device, stream))
     if found is None or found.numel() < count:
