@@ -87,6 +87,30 @@ def read_names(source: str) -> set[str]:
     return {name for name, line in loads.items() if stores.get(name, line) >= line}
 
 
+def without_unread(source: str) -> str:
+    """A function's text without the local values that nothing reads any more."""
+    while (unread := _unread(_function(source))) is not None:
+        lines = source.splitlines()
+        del lines[unread.lineno - 1 : unread.end_lineno]
+        source = "\n".join(lines) + "\n"
+    return source
+
+
+def _unread(function: ast.FunctionDef) -> ast.Assign | None:
+    """An assignment that can go: it calls nothing, and is not all of a block."""
+    nodes = list(ast.walk(function))
+    read = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    read |= {n.target.id for n in nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
+    for node in nodes:
+        for block in (getattr(node, "body", None), getattr(node, "orelse", None)):
+            for statement in block if isinstance(block, list) and len(block) > 1 else ():
+                match statement:
+                    case ast.Assign(targets=[ast.Name(id=name)], value=value) if name not in read:
+                        if not any(isinstance(n, ast.Call) for n in ast.walk(value)):
+                            return statement
+    return None
+
+
 def with_parameters(source: str, kept: Mapping[str, Sequence[str]]) -> str:
     """A function's text in which each parameter is replaced by those that `kept` gives for it, or by none.
 

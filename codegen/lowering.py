@@ -81,6 +81,11 @@ class _Experts:
     suffix: str
 
     @property
+    def who(self) -> str:
+        """One of them, in words."""
+        return "a shared expert" if self.suffix else "an expert"
+
+    @property
     def gated(self) -> bool:
         """Whether there are a gate and an up product."""
         return len(self.ffn.products) == 2
@@ -121,20 +126,12 @@ class _Experts:
     def activate(self) -> Function:
         """The function between the products."""
         names = ["gate", "up"] if self.gated else ["up"]
-        doc = (
-            "What an expert does between its products."
-            if not self.suffix
-            else "What shared experts do there."
-        )
+        doc = f"What {self.who} does between its products."
         return self._function("activate", doc, self.ffn.middle, names)
 
     def finish(self) -> Function:
         """The function after the last product."""
-        doc = (
-            "What an expert does after its last product."
-            if not self.suffix
-            else "What shared experts do there."
-        )
+        doc = f"What {self.who} does after its last product."
         return self._function("finish", doc, self.ffn.last, ["down"])
 
     def _function(self, name: str, doc: str, term: Term, products: list[str]) -> Function:
@@ -154,7 +151,8 @@ def _title(layer: Layer, choice: Choice) -> str:
     what = (
         f"E={layer.experts.count} K={layer.top_k} {router}{layer.experts}{shared}, {layer.params[0].dtype}."
     )
-    where = f"For up to {choice.tokens} tokens on {choice.gpu.name} ({choice.gpu.target})."
+    tokens = "1 token" if choice.tokens == 1 else f"up to {choice.tokens} tokens"
+    where = f"For {tokens} on {choice.gpu.name} ({choice.gpu.target})."
     return "\n".join([*textwrap.wrap(what, 100), "", where]) + "\n"
 
 
@@ -333,6 +331,7 @@ def _down_root(experts: _Experts, tiles: GemmTiles, is_sorted: bool) -> Root:
         "SWAP": tiles.swap,
         "EVEN": ffn.width % tiles.depth == 0,
         "HALVES": tiles.columns >= 256 and not tiles.swap,
+        "BY_COLUMN": bool(ffn.last.vectors),
         "WEIGHED": ffn.last.weighs,
     }
     functions = {"finish": experts.finish()}

@@ -84,6 +84,7 @@ class _Writer:
     def host(self, found: Source, constants: Constants) -> str:
         """The host function, as `layer`, its launches with what their kernels take beside tensors."""
         text = emit.substitute(emit.fold(found.text, constants), constants)
+        text = re.sub(r"triton\.cdiv\((\w+), 1\)", r"\1", text)
 
         def launch(text: str, call: ast.Call) -> tuple[str, list[str]] | None:
             name = emit.called(call)
@@ -126,7 +127,7 @@ class _Writer:
             kept = self.function(callee, known, root, what)
             return kept.name, [given[p] for p, names in kept.parameters.items() if names]
 
-        text = emit.with_calls(text, call_of)
+        text = emit.without_unread(emit.with_calls(text, call_of))
         expand = {p: tuple(names) for p, names in root.vectors.items()}
         text, parameters = _pruned(text, expand)
         return Written(self._add(wanted, text), parameters)

@@ -19,7 +19,7 @@ import triton.language as tl
 def combine(
     y,  # [P, D], the routing weight applied; rows of dropped pairs hold anything, NaN too
     ids,  # [T, K]
-    shared,  # [T, D], read if HAS_SHARED
+    shared,  # [T, D], the shared experts' output
     out,  # [T, D]
     E: tl.constexpr,
     K: tl.constexpr,

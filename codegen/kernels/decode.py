@@ -68,9 +68,7 @@ def gate_and_up(
     TRANSPOSED: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """A row's gate and up products, (COLUMNS,) each, summed over inputs begin … end; twice the same when not
-    GATED.
-    """
+    """A row's gate and up products, (COLUMNS,) each, summed over inputs begin … end."""
     up_sums = tl.zeros((COLUMNS, DEPTH), tl.float32)
     if GATED:
         gate_sums = tl.zeros((COLUMNS, DEPTH), tl.float32)
@@ -97,25 +95,25 @@ def gate_and_up(
     if GATED:
         gate = tl.sum(gate_sums, 1)
     else:
-        gate = up
+        gate = up  # that nobody reads
     return gate, up
 
 
 @triton.jit
 def decode_up(
-    x,
-    ids,
-    weights,
-    gate_weight,
-    up_weight,
+    x,  # [T, D]
+    ids,  # [T, K]
+    weights,  # [T, K]
+    gate_weight,  # every expert's matrix; gate's outputs begin at GATE
+    up_weight,  # every expert's matrix; up's outputs begin at UP
     vectors,
-    h,
-    shared_gate_weight,
+    h,  # [T·K, F]; a dropped pair's row is left as it is
+    shared_gate_weight,  # the shared experts', whose outputs begin at SHARED_GATE
     shared_up_weight,
     shared_vectors,
-    shared_h,
-    parts,
-    arrived,
+    shared_h,  # [T, SHARED_F]
+    parts,  # float32, a workspace: of each pair and block of columns, gate's parts, then up's
+    arrived,  # int32, one for each pair and block of columns, zeros before and after
     pairs,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -144,16 +142,15 @@ def decode_up(
     WEIGHED_INPUT: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):
-    """h[p] = activate(gate, up): pair p by axis 0 of the grid, columns by axis 1, a part of D by axis 2.
+    """h[p] = what `activate` makes of the products of pair p's token with its expert's matrices.
 
-    x (T, D), ids and weights (T·K,), gate_weight and up_weight (E, OUT, D) whose outputs begin at GATE and
-    UP, h (T·K, F). A dropped pair's row of h is left as it is. When SHARED, axis 0 goes on past the pairs
-    with the tokens, whose rows of shared_h (T, SHARED_F) are the shared experts' hidden ones.
+    Grid: pairs, blocks of COLUMNS columns, parts of D.
     """
     pair = tl.program_id(0)
     n = tl.program_id(1) * COLUMNS
     column = n + tl.arange(0, COLUMNS)
     if SHARED:
+        # The grid's pairs go on with the tokens, for the shared experts' hidden rows.
         if pair >= pairs:
             token = (pair - pairs).to(tl.int64)
             if (n < SHARED_F) & (tl.program_id(2) == 0):
@@ -234,16 +231,16 @@ def decode_up(
 
 @triton.jit
 def decode_down(
-    h,
-    ids,
-    weights,
-    down_weight,
+    h,  # [T·K, F]
+    ids,  # [T, K]
+    weights,  # [T, K]
+    down_weight,  # every expert's matrix
     vectors,
-    shared_h,
-    shared_weight,
+    shared_h,  # [T, SHARED_F]
+    shared_weight,  # the shared experts' matrix
     shared_vectors,
-    shared_out,
-    out,
+    shared_out,  # [T, D], what the shared experts give
+    out,  # [T, D]
     K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -261,12 +258,10 @@ def decode_down(
     SHARED: tl.constexpr,
     ADDED: tl.constexpr,
 ):
-    """out[t] = Σ_k finish(h[t·K+k] · W_downᵀ, routing weight) + the shared experts' row, t being program 0's
-    number.
+    """out[t] = the sum over token t's slots of what `finish` makes of their products, and the shared experts'
+    row.
 
-    h (T·K, F), ids and weights (T·K,), down_weight (E, D, F), out (T, D). The shared experts' last product is
-    taken here when SHARED (shared_h (T, SHARED_F), shared_weight (D, SHARED_F)); when ADDED their output is
-    shared_out (T, D).
+    Grid: tokens, blocks of COLUMNS columns.
     """
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * COLUMNS

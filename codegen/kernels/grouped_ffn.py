@@ -59,11 +59,9 @@ def weight_tile(
 
 @triton.jit
 def accumulate(rows, tile, sums, SWAP: tl.constexpr):
-    """sums (ROWS, TILE) + rows · tileᵀ; when SWAP, sums (TILE, ROWS): the weights are the product's rows
-    then.
-    """
+    """sums + the product of rows (ROWS, DEPTH) and a matrix's tile (TILE, DEPTH)."""
     rows = rows.to(tile.dtype)
-    if SWAP:
+    if SWAP:  # sums (TILE, ROWS): the weights are the product's rows
         sums = tl.dot(tile, rows.T, sums, input_precision="ieee")
     else:
         sums = tl.dot(rows, tile.T, sums, input_precision="ieee")
@@ -72,16 +70,16 @@ def accumulate(rows, tile, sums, SWAP: tl.constexpr):
 
 @triton.jit
 def grouped_up(
-    x,
-    weights,
-    gate_weight,
-    up_weight,
+    x,  # [T, D]
+    weights,  # [T, K]
+    gate_weight,  # every expert's matrix; gate's outputs begin at GATE
+    up_weight,  # every expert's matrix; up's outputs begin at UP
     vectors,
-    h,
-    pairs,
-    offsets,
-    tiles,
-    tile_counts,
+    h,  # [rows, F]
+    pairs,  # int32 [rows]
+    offsets,  # int32 [E + 1]
+    tiles,  # int32 [tiles, 2]
+    tile_counts,  # int32 [2]: of this launch, and of grouped_down's
     T,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -105,10 +103,9 @@ def grouped_up(
     WEIGHED_INPUT: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):
-    """h[r] = activate(gate, up), gate and up the products of row r's token with its expert's matrices.
+    """h[r] = what `activate` makes of the products of row r's token with its expert's matrices.
 
-    x (T, D), weights (T·K,), gate_weight and up_weight (E, OUT, D) whose outputs begin at GATE and UP, h
-    (T·K, F).
+    Grid: any number of programs, each of which takes every so many blocks of ROWS rows and COLUMNS columns.
     """
     column_blocks: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
     if SORTED:
@@ -231,15 +228,15 @@ def grouped_up(
 
 @triton.jit
 def grouped_down(
-    h,
-    weights,
-    down_weight,
+    h,  # [rows, F]
+    weights,  # [T, K]
+    down_weight,  # every expert's matrix
     vectors,
-    y,
-    pairs,
-    offsets,
-    tiles,
-    tile_counts,
+    y,  # [rows, D], every row at its pair's number
+    pairs,  # int32 [rows]
+    offsets,  # int32 [E + 1]
+    tiles,  # int32 [tiles, 2]
+    tile_counts,  # int32 [2]: of grouped_up's launch, and of this
     T,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -254,12 +251,13 @@ def grouped_down(
     SWAP: tl.constexpr,
     EVEN: tl.constexpr,
     HALVES: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):
-    """y[pair of row r] = finish(h[r] · W_downᵀ, routing weight): (T·K, D), in the pairs' own order.
+    """y[pair of row r] = what `finish` makes of the product of h[r] with its expert's matrix.
 
-    h (T·K, F) sorted, weights (T·K,), down_weight (E, D, F). Rows of h past a tile's last belong to other
-    experts: they are multiplied, too, and not stored.
+    Rows of h past a tile's last are other experts': they are multiplied, too, and not stored. Grid as for
+    grouped_up.
     """
     column_blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     if SORTED:
@@ -305,16 +303,19 @@ def grouped_down(
         if WEIGHED:
             weight = tl.load(weights + pair, mask=chosen, other=0.0).to(tl.float32)
         if SWAP:
-            column = n + tl.arange(0, COLUMNS)[:, None]
             pair, chosen = pair[None, :], chosen[None, :]
             if WEIGHED:
                 weight = weight[None, :]
         else:
-            column = n + tl.arange(0, COLUMNS)[None, :]
             pair, chosen = pair[:, None], chosen[:, None]
             if WEIGHED:
                 weight = weight[:, None]
-        inside = column < D
+        if BY_COLUMN or not HALVES:
+            if SWAP:
+                column = n + tl.arange(0, COLUMNS)[:, None]
+            else:
+                column = n + tl.arange(0, COLUMNS)[None, :]
+            inside = column < D
         out = finish(down, weight, expert, column, inside, vectors)
         out = out.to(y.dtype.element_ty)
         if HALVES:
@@ -325,4 +326,4 @@ def grouped_down(
             column += COLUMNS // 2
             tl.store(y + pair.to(tl.int64) * D + column, right, mask=chosen & (column < D))
         else:
-            tl.store(y + pair.to(tl.int64) * D + column, out, mask=chosen & (column < D))
+            tl.store(y + pair.to(tl.int64) * D + column, out, mask=chosen & inside)

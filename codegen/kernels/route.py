@@ -32,12 +32,12 @@ from dsmoe_compiler.codegen.kernels.arrive import last_to_arrive
 def route(
     x,  # [T, D]
     weight,  # [E, D]
-    bias,  # [E], read if LOGITS_BIAS
-    selection_bias,  # [E], read if SELECTION_BIAS
+    bias,  # [E]
+    selection_bias,  # [E]
     ids,  # int32 [T, K]
     weights,  # [T, K]
-    logits,  # float32 [T, E], a workspace, if SPLIT
-    arrivals,  # int32, one for each block of tokens, zeros before and after, if SPLIT
+    logits,  # float32 [T, E], a workspace
+    arrivals,  # int32, one for each block of tokens, zeros before and after
     T,
     E: tl.constexpr,
     K: tl.constexpr,

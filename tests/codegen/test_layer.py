@@ -105,6 +105,15 @@ def test_a_wrong_kernel_would_be_seen() -> None:
     assert error(made, out) > ALLOWED["float32"]
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shared", ["", "plain"])
+def test_a_wide_tile_is_stored_by_halves(biased: bool, shared: str) -> None:
+    made = make(sizes=(300, 24), biased=biased, router="softmax", shared=shared, tokens=20)
+    plan = Grouped(_SMALL, GemmTiles(16, 256, 8, 4, 2), 2)
+    assert "left, right" in module_of(made.layer, Choice(128, for_target("sm_90"), plan, plan))
+    assert error(made, run(made, plan)) <= 3 * ALLOWED["float32"]  # sums over 300 numbers, not 96
+
+
 def test_the_same_bits_twice() -> None:
     made = make(router="softmax", shared="plain", tokens=64, experts=8)
     assert run(made, PLANS["grouped"]).equal(run(made, PLANS["grouped"]))
