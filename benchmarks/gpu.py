@@ -172,7 +172,7 @@ def print_contests(console: Console, contests: Sequence[Contest]) -> None:
             f"{chosen.microseconds:.1f}" if chosen.microseconds else str(chosen.failed),
             f"{chosen.predicted:.1f}",
             f"{best:.1f}",
-            f"{c.gain:.2f}",
+            "-" if c.gain is None else f"{c.gain:.2f}",
             plan,
         )
     console.print(table)
@@ -237,6 +237,13 @@ def _names(text: str | None, known: Sequence[str], default: Sequence[str]) -> li
     return names
 
 
+def _numbers(text: str) -> list[int]:
+    numbers = text.split(",")
+    if not all(n.isdecimal() and int(n) > 0 for n in numbers):
+        raise click.UsageError(f"--tokens {text}: give numbers above 0 with commas, 1,64,4096")
+    return [int(n) for n in numbers]
+
+
 @click.command(help="Generated kernels on a GPU against its ceilings and against other ways.")
 @click.option("--shapes", help=f"Layers, with commas; {','.join(DEFAULT)} unless given.")
 @click.option("--tokens", help="Numbers of tokens, with commas.")
@@ -265,7 +272,7 @@ def main(
     console = wide_console()
     known = DRY_SHAPES if dry else SHAPES
     chosen = [known[n] for n in _names(shapes, list(known), list(known) if dry else DEFAULT)]
-    counts = [int(t) for t in tokens.split(",")] if tokens else list(DRY_TOKENS if dry else TOKENS)
+    counts = _numbers(tokens) if tokens else list(DRY_TOKENS if dry else TOKENS)
     torch.manual_seed(0)
     bench = _bench(dry, foreign_kernels(vllm_kernel, sglang_kernel))
     if path is None and not dry:

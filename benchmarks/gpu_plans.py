@@ -37,14 +37,14 @@ class Tried:
 @dataclass(frozen=True)
 class Contest:
     """All that was tried for one layer and number of tokens, the chosen plan first; `gain`: how many times
-    the best of them is faster than it.
+    the best of them is faster than it, None where it did not run.
     """
 
     shape: str
     tokens: int
     problem: str
     tried: tuple[Tried, ...]
-    gain: float
+    gain: float | None
 
 
 def contest(
@@ -81,10 +81,10 @@ def contest(
         for p in plans
     )
     if not times:
-        return Contest(shape.name, len(first.x), problem.text, tried, 1.0), None
+        return Contest(shape.name, len(first.x), problem.text, tried, None), None
     best = min((p for p in plans if str(p) in times), key=lambda p: times[str(p)].microseconds)
     fastest = times[str(best)].microseconds
-    gain = times[str(chosen)].microseconds / fastest if str(chosen) in times else float("inf")
+    gain = times[str(chosen)].microseconds / fastest if str(chosen) in times else None
     measured = tuned.Measured(best, fastest)
     return Contest(shape.name, len(first.x), problem.text, tried, gain), (problem, measured)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +12,16 @@ import torch
 ROOT = Path(__file__).parent.parent.parent
 
 
+def _run(folder: Path, options: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """The benchmark where no device is seen."""
+    known = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(folder), **environment}
+    command = [sys.executable, "-m", "benchmarks.gpu", *options]
+    return subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True)
+
+
 def _dry(path: Path, *options: str) -> dict[str, object]:
     """What it writes to a file; its exit status is 0."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--json", str(path), *options]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(path.parent)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = _run(path.parent, ["--dry", "--json", str(path), *options], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     found: dict[str, object] = json.loads(path.read_text())
     return found
@@ -58,3 +64,9 @@ def test_what_no_time_is_left_for_is_named(tmp_path: Path) -> None:
     found = _dry(tmp_path / "gpu.json", "--shapes", "S1", "--tokens", "1", "--minutes", "0")
     assert found["cases"] == []
     assert found["skipped"] == ["S1, T=1, uniform", "S1, T=1, skewed"]
+
+
+def test_without_a_device_it_says_what_it_needs(tmp_path: Path) -> None:
+    done = _run(tmp_path, ["--json", str(tmp_path / "gpu.json")], TRITON_INTERPRET="0")
+    assert done.returncode == 2 and "needs a CUDA device" in done.stderr
+    assert not list(tmp_path.iterdir())
