@@ -258,8 +258,7 @@ def decode_down(
     SHARED: tl.constexpr,
     ADDED: tl.constexpr,
 ):
-    """out[t] = the sum over token t's slots of what `finish` makes of their products, and the shared experts'
-    row.
+    """out[t] = what token t's experts give by their routing weights, and what shared experts give, added up.
 
     Grid: tokens, blocks of COLUMNS columns.
     """

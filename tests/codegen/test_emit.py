@@ -104,3 +104,14 @@ def test_constants_as_text() -> None:
 def test_letters_of_more_than_a_byte_do_not_shift_the_text() -> None:
     text = 'def f(a):\n    """·"""\n    return (a if A else 0, "·", a if A else 1)\n'
     assert emit.fold(text, {"A": True}).endswith('return (a, "·", a)\n')
+
+
+def test_values_that_nothing_reads_go() -> None:
+    kept = "    kept = g(a)\n    count = 0\n    count += b\n    return b\n"
+    text = f"def f(a, b):\n    last = a\n    first = last\n{kept}"
+    assert emit.without_unread(text) == f"def f(a, b):\n{kept}"
+
+
+def test_a_block_keeps_its_only_statement() -> None:
+    text = "def f(a):\n    if a:\n        b = a\n    return a\n"
+    assert emit.without_unread(text) == text
