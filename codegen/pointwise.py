@@ -27,7 +27,7 @@ POINTWISE: Mapping[str, str] = {
     "minimum": "tl.minimum({a}, {b}, tl.PropagateNan.ALL)",
     "maximum": "tl.maximum({a}, {b}, tl.PropagateNan.ALL)",
     "add_scaled": "{a} + {0} * {b}",
-    "lerp": "{a} + {c} * ({b} - {a})",
+    "lerp": "tl.where(tl.abs({c}) < 0.5, {a} + {c} * ({b} - {a}), {b} - ({b} - {a}) * (1.0 - {c}))",
     "addcmul": "{a} + {0} * {b} * {c}",
     "addcdiv": "{a} + {0} * {b} / {c}",
     "abs": "tl.abs({a})",
@@ -51,7 +51,7 @@ POINTWISE: Mapping[str, str] = {
     "silu": "silu({a})",
     "mish": "mish({a})",
     "selu": "elu({a}, 1.6732632423543772, 1.0507009873554805, 1.0)",
-    "hardswish": "{a} * clamp({a} + 3.0, 0.0, 6.0) / 6.0",
+    "hardswish": "{a} * (clamp({a} + 3.0, 0.0, 6.0) / 6.0)",
     "hardsigmoid": "clamp({a} + 3.0, 0.0, 6.0) / 6.0",
     "gelu": "gelu({a})",
     "gelu_tanh": "gelu_tanh({a})",
@@ -159,14 +159,23 @@ class _Writer:
             if re.search(rf"(?<![.\w]){function}\(", template):
                 self.calls.add(function)
         operands = {letter: self.text(a) for letter, a in zip("abc", step.args, strict=False)}
-        if step.op in ("logical_and", "logical_or", "logical_not"):
-            operands = {k: self._truth(a, operands[k]) for k, a in zip("abc", step.args, strict=False)}
+        if step.op == "add" and all(self._is_truth(a) for a in step.args):
+            raise NoExpression("no expression for a sum of truth values")
+        for letter, a in zip("abc", step.args, strict=False):
+            if step.op.startswith("logical_") or (step.op == "where" and letter == "a"):
+                operands[letter] = self._truth(a, operands[letter])
+            elif self._is_truth(a):
+                operands[letter] = f"({operands[letter]}).to(tl.float32)"
         attributes = {str(i): _number(a) for i, a in enumerate(step.attrs)}
         return _filled(template, operands | attributes)
 
     def _truth(self, at: int, text: str) -> str:
         """A number as a truth value."""
-        return text if self.term.steps[at].op in _BOOLEAN else f"({text} != 0.0)"
+        return text if self._is_truth(at) else f"({text} != 0.0)"
+
+    def _is_truth(self, at: int) -> bool:
+        """Whether a step's values are truth values, which Triton adds up and negates as one bit."""
+        return self.term.steps[at].op in _BOOLEAN
 
     def _load(self, which: int) -> str:
         vector = self.term.vectors[which]

@@ -15,8 +15,10 @@ def silu(a):
 
 @triton.jit
 def tanh(a):
-    """2 σ(2a) − 1"""
-    return 2.0 * tl.sigmoid(2.0 * a) - 1.0
+    """(1 − exp(−2|a|)) / (1 + exp(−2|a|)) with a's sign, exact near 0, where 2 σ(2a) − 1 is a's rounding"""
+    u = expm1(-2.0 * tl.abs(a))
+    size = -u / (2.0 + u)
+    return tl.where(a < 0.0, -size, size)
 
 
 @triton.jit
@@ -35,7 +37,7 @@ def gelu_tanh(a):
 def log1p(a):
     """log(1 + a), exact where 1 + a rounds (Goldberg, theorem 4)"""
     u = 1.0 + a
-    return tl.where(u == 1.0, a, tl.log(u) * a / (u - 1.0))
+    return tl.where((u == 1.0) | (u == float("inf")), a, tl.log(u) * (a / (u - 1.0)))
 
 
 @triton.jit
@@ -56,7 +58,8 @@ def log_sigmoid(a):
 def softplus(a, beta, threshold):
     """log(1 + exp(βa)) / β, a itself where βa is above the threshold"""
     scaled = a * beta
-    return tl.where(scaled > threshold, a, log1p(tl.exp(tl.minimum(scaled, threshold))) / beta)
+    low = tl.minimum(scaled, threshold, tl.PropagateNan.ALL)
+    return tl.where(scaled > threshold, a, log1p(tl.exp(low)) / beta)
 
 
 @triton.jit
@@ -68,7 +71,8 @@ def mish(a):
 @triton.jit
 def elu(a, alpha, scale, input_scale):
     """scale · a above 0, scale · α (exp(a · input_scale) − 1) below"""
-    return tl.where(a > 0.0, a, alpha * expm1(tl.minimum(a, 0.0) * input_scale)) * scale
+    low = tl.minimum(a, 0.0, tl.PropagateNan.ALL)
+    return tl.where(a > 0.0, a, alpha * expm1(low * input_scale)) * scale
 
 
 @triton.jit
@@ -79,5 +83,5 @@ def sign(a):
 
 @triton.jit
 def clamp(a, low, high):
-    """a, not below `low` and not above `high`; NaN stays NaN"""
-    return tl.where(a < low, low, tl.where(a > high, high, a))
+    """a, not below `low`, and then not above `high`; NaN stays NaN"""
+    return tl.minimum(tl.maximum(a, low, tl.PropagateNan.ALL), high, tl.PropagateNan.ALL)
