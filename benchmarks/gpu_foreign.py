@@ -91,7 +91,7 @@ def kernel_of(file: Path) -> Any:
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def silu_and_mul(both: Any, out: Any, F: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def silu_and_mul(both, out, F: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """out (P, F) = silu(both[:, :F]) · both[:, F:]. Grid: (P, cdiv(F, BLOCK))."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
