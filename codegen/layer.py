@@ -38,6 +38,9 @@ class Layer:
     @cached_property
     def ffn(self) -> Ffn:
         """The experts' body in the kernels' form. Raises Unsupported."""
+        for dtype in (self.x, self.row):
+            if dtype not in DTYPES:
+                raise Unsupported(f"a token's row is {dtype}; kernels compute {', '.join(DTYPES)}")
         return _checked(self.experts, self.params)
 
     @cached_property
@@ -47,7 +50,7 @@ class Layer:
             return None
         try:
             ffn = as_ffn(self.shared.body, self.experts.hidden, self.shared_params)
-            _require_dtypes(self.shared_params)
+            _require_readable(self.shared_params)
             return ffn
         except Unsupported:
             return None
@@ -59,8 +62,12 @@ class Layer:
 
     def problem(self, tokens: int) -> Problem:
         """What the plan depends on, for a bucket of tokens."""
-        ffn, first = self.ffn, self.ffn.products[0]
-        used = [self.params[p.param] for p in (*ffn.products, ffn.down)]
+        ffn, shared, first = self.ffn, self.shared_ffn, self.ffn.products[0]
+        bodies = [(ffn, self.params)] + ([(shared, self.shared_params)] if shared else [])
+        used = [params[p.param] for body, params in bodies for p in (*body.products, body.down)]
+        # The widest: tiles of it fit into shared memory whichever operand they are of.
+        dtype = max(self.x, *(o.dtype for o in used), key=SIZES.__getitem__)
+        hidden_bytes = [body.width * SIZES[params[body.down.param].dtype] for body, params in bodies]
         return Problem(
             tokens=tokens,
             hidden=ffn.hidden,
@@ -68,9 +75,9 @@ class Layer:
             experts=self.experts.count,
             top_k=self.top_k,
             taps=len(ffn.products),
-            dtype=used[-1].dtype,
-            shared_width=self.shared_ffn.width if self.shared_ffn else 0,
-            tma=all(o.allows_descriptor for o in used) and ffn.width * SIZES[used[-1].dtype] % 16 == 0,
+            dtype=dtype,
+            shared_width=shared.width if shared else 0,
+            tma=all(o.allows_descriptor for o in used) and not any(n % 16 for n in hidden_bytes),
             interleaved=first.step == 2,
             up_transposed=first.transposed,
             down_transposed=ffn.down.transposed,
@@ -105,14 +112,16 @@ class Layer:
 
 def _checked(spec: ExpertsSpec, params: tuple[Operand, ...]) -> Ffn:
     ffn = as_ffn(spec.body, spec.hidden, params)
-    _require_dtypes(params)
+    _require_readable(params)
     return ffn
 
 
-def _require_dtypes(params: tuple[Operand, ...]) -> None:
+def _require_readable(params: tuple[Operand, ...]) -> None:
     """Raises Unsupported unless kernels can read the tensors."""
     for operand in params:
         if operand.dtype not in DTYPES:
             raise Unsupported(f"a tensor of the experts is {operand.dtype}; kernels read {', '.join(DTYPES)}")
         if len(operand.shape) > 1 and not operand.is_dense:
             raise Unsupported("the rows of an expert's tensor are not contiguous")
+        if len(operand.shape) == 3 and operand.shape[1] * operand.rows >= 2**31:
+            raise Unsupported("an expert's matrix spans 2³¹ numbers or more, and kernels count them in int32")

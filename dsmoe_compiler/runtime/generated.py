@@ -73,7 +73,7 @@ def _experts(x: Tensor, ids: Tensor, weights: Tensor, params: Sequence[Tensor], 
     if made is None:
         return ops.EXPERTS(x, ids, weights, params, spec)  # type: ignore[no-any-return]
     with _on(x.device):
-        return made.run(x=x.contiguous(), ids=ids.contiguous(), weights=weights.contiguous(), params=params)
+        return made.run(x=x.contiguous(), ids=_signed(ids), weights=weights.contiguous(), params=params)
 
 
 def _moe(
@@ -154,6 +154,11 @@ def _gpu(device: torch.device) -> Gpu:
 def _warn(spec: str, because: str) -> None:
     """Once for each layer."""
     warnings.warn(f"no kernels for {spec}: {because}; it runs by the reference", stacklevel=2)
+
+
+def _signed(ids: Tensor) -> Tensor:
+    """ids (T, K) as kernels read them: contiguous, in a dtype that has a −1."""
+    return (ids if ids.dtype.is_signed else ids.int()).contiguous()
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -66,6 +66,13 @@ def test_rows_that_are_not_contiguous() -> None:
 
 
 @pytest.mark.usefixtures("in_interpreter")
+def test_ids_without_a_sign() -> None:
+    made = make(experts=256, tokens=9, sizes=(8, 8))
+    got = generated.EXPERTS(made.x, made.ids.to(torch.uint8), made.weights, made.params, to_text(made.spec))
+    assert relative(got, made.operator()) < 1e-5
+
+
+@pytest.mark.usefixtures("in_interpreter")
 @pytest.mark.parametrize(
     ("body", "because"),
     [
