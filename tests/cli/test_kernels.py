@@ -18,6 +18,7 @@ import torch
 from click.testing import Result
 from torch import nn
 
+from dsmoe_compiler.cli import stages
 from dsmoe_compiler.cli.kernels_model import FusedModel, fused_model
 from dsmoe_compiler.cli.stages import Stage
 from dsmoe_compiler.codegen.record import launches
@@ -38,8 +39,12 @@ def no_kernels() -> tuple[nn.Module, tuple[torch.Tensor, ...], dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def _captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of a command's time is the capture of its model: the same for every test."""
+def _captured_once(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Most of a command's time is the capture of its model: the same for every test. Nobody's own plans, and
+    no stages on stderr, however slow the machine.
+    """
+    monkeypatch.setattr(stages, "PATIENCE_SECONDS", 600.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "no plans"))
     monkeypatch.setattr(command, "fused_model", _captured)
 
 
