@@ -11,8 +11,8 @@ processors (SMs), c blocks resident on each, b bytes of an element. Times in sec
   expert and of the last column tile are whole tiles.
 - a tile's loads, through L2: ⌈R/depth⌉·depth · (rows + taps·columns) · b, its store rows·columns·b.
 - through memory: each active expert's weights, E·(1 − (1 − K/E)^T) · taps·N·R·b, once, as its tiles run one
-  after another and re-read them in L2; where one expert's outgrow L2, once for each of the waves that its
-  tiles take. Activations where they outgrow half of L2.
+  after another and re-read them in L2; where one expert's outgrow L2, once for each GROUP of its row
+  tiles. Activations where they outgrow half of L2.
 - tensor time of a step on one processor: the longer of flops / (i · rate/S) and the bytes that the
   instructions read from shared memory at 128 a cycle. i = 1 for products of four warps (wgmma: at least 64
   product rows), 0.62 for products of one warp on a GPU that has those, 1 on others, 0.5 for float32's
@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from math import ceil, floor
 
 from dsmoe_compiler.codegen.gpu import Gpu
-from dsmoe_compiler.codegen.tiles import GemmTiles, GemvTiles, Problem
+from dsmoe_compiler.codegen.tiles import GROUP, GemmTiles, GemvTiles, Problem
 from dsmoe_compiler.codegen.uniform import active_experts, row_tiles
 
 # Not overlapped: this part of every resource's time but the longest.
@@ -148,8 +148,7 @@ def gemm_seconds(tiles: GemmTiles, product: Product, gpu: Gpu, resident: int) ->
     step = _together(tensor / steps, gpu.latency / (tiles.stages - 1)) + STEP
     loads = steps * tiles.depth * (tiles.rows + product.taps * tiles.columns) + tiles.rows * tiles.columns
     activations = p.pairs * (product.depth + product.columns) * p.item
-    waves = count / product.active / (gpu.processors * resident)
-    reads = max(1.0, waves) if product.expert_bytes > gpu.l2 else 1.0
+    reads = max(1.0, tile_rows / product.active / GROUP) if product.expert_bytes > gpu.l2 else 1.0
     memory = reads * product.active * product.expert_bytes + max(0.0, activations - gpu.l2 / 2)
     return gpu.launch + _waves(
         gpu,

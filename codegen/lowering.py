@@ -18,7 +18,7 @@ from dsmoe_compiler.codegen.route_flags import weights_dtype
 from dsmoe_compiler.codegen.routing_tiles import RouteTiles, combine_columns, permute_tiles, route_tiles
 from dsmoe_compiler.codegen.specialize import Root, module_text
 from dsmoe_compiler.codegen.term import Term
-from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped, Plan
+from dsmoe_compiler.codegen.tiles import GROUP, Decode, GemmTiles, GemvTiles, Grouped, Plan
 
 
 @dataclass(frozen=True)
@@ -293,6 +293,7 @@ def _up_root(experts: _Experts, tiles: GemmTiles, top_k: int, is_sorted: bool) -
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
         "DEPTH": tiles.depth,
+        "GROUP": GROUP,
         "SORTED": is_sorted,
         "GATED": experts.gated,
         "INTERLEAVED": experts.interleaved,
@@ -301,6 +302,7 @@ def _up_root(experts: _Experts, tiles: GemmTiles, top_k: int, is_sorted: bool) -
         "TMA": tiles.tma,
         "SWAP": tiles.swap,
         "EVEN": ffn.hidden % tiles.depth == 0,
+        "HALVES": bool(ffn.middle.vectors) and tiles.rows * tiles.columns >= 128 * 128 and not tiles.swap,
         "WEIGHED_INPUT": ffn.factor is not None,
         "WEIGHED": ffn.middle.weighs,
     }
@@ -325,6 +327,7 @@ def _down_root(experts: _Experts, tiles: GemmTiles, is_sorted: bool) -> Root:
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
         "DEPTH": tiles.depth,
+        "GROUP": GROUP,
         "SORTED": is_sorted,
         "TRANSPOSED": ffn.down.transposed,
         "TMA": tiles.tma,

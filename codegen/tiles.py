@@ -75,6 +75,11 @@ class Problem:
         return ",".join(f"{name}={value}" for name, value, default in named if value != default)
 
 
+# Row tiles that take an expert's columns together, stripe by stripe, so that a stripe is read from memory
+# once for all of them: an expert of 14336 columns outgrows L2 before its next tile begins.
+GROUP = 8
+
+
 @dataclass(frozen=True)
 class GemmTiles:
     """Tiles of a grouped product: `rows` tokens, `columns` of one accumulator (gate and up have one each),

@@ -69,6 +69,24 @@ def accumulate(rows, tile, sums, SWAP: tl.constexpr):
 
 
 @triton.jit
+def place_of(block, row_blocks, column_blocks: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """A block's tile and first column: GROUP tiles share a stripe of an expert's columns in L2.
+
+    GROUP = 2, 3 tiles, 2 stripes: (tile, stripe) = (0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1).
+    """
+    first = block // (GROUP * column_blocks) * GROUP
+    tiles = tl.minimum(row_blocks - first, GROUP)
+    within = block % (GROUP * column_blocks)
+    return first + within % tiles, within // tiles * COLUMNS
+
+
+@triton.jit
+def halves(sums, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a block's columns."""
+    return sums.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def grouped_up(
     x,  # [T, D]
     weights,  # [T, K]
@@ -92,6 +110,7 @@ def grouped_up(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
     SORTED: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -100,6 +119,7 @@ def grouped_up(
     TMA: tl.constexpr,
     SWAP: tl.constexpr,
     EVEN: tl.constexpr,
+    HALVES: tl.constexpr,
     WEIGHED_INPUT: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):
@@ -113,8 +133,7 @@ def grouped_up(
     else:
         row_blocks = (T + ROWS - 1) // ROWS
     for block in range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
-        row_block = block // column_blocks
-        n = block % column_blocks * COLUMNS
+        row_block, n = place_of(block, row_blocks, column_blocks, COLUMNS, GROUP)
         if SORTED:
             expert = tl.load(tiles + 2 * row_block)
             row = tl.load(tiles + 2 * row_block + 1) + tl.arange(0, ROWS)
@@ -212,18 +231,35 @@ def grouped_up(
                 up, gate = both.split()
 
         if SWAP:
-            column = n + tl.arange(0, COLUMNS)[:, None]
             row, chosen = row[None, :], chosen[None, :]
             if WEIGHED:
                 weight = weight[None, :]
         else:
-            column = n + tl.arange(0, COLUMNS)[None, :]
             row, chosen = row[:, None], chosen[:, None]
             if WEIGHED:
                 weight = weight[:, None]
-        inside = column < F
-        hidden = activate(gate, up, weight, expert, column, inside, vectors)
-        tl.store(h + row.to(tl.int64) * F + column, hidden.to(h.dtype.element_ty), mask=chosen & inside)
+        h_rows = h + row.to(tl.int64) * F
+        if HALVES:
+            # Half the columns at a time: what all need at once does not fit into registers beside the sums.
+            left_up, right_up = halves(up, ROWS, COLUMNS)
+            if GATED:
+                left_gate, right_gate = halves(gate, ROWS, COLUMNS)
+            column = n + tl.arange(0, COLUMNS // 2)[None, :]
+            inside = column < F
+            hidden = activate(left_gate, left_up, weight, expert, column, inside, vectors)
+            tl.store(h_rows + column, hidden.to(h.dtype.element_ty), mask=chosen & inside)
+            column += COLUMNS // 2
+            inside = column < F
+            hidden = activate(right_gate, right_up, weight, expert, column, inside, vectors)
+            tl.store(h_rows + column, hidden.to(h.dtype.element_ty), mask=chosen & inside)
+        else:
+            if SWAP:
+                column = n + tl.arange(0, COLUMNS)[:, None]
+            else:
+                column = n + tl.arange(0, COLUMNS)[None, :]
+            inside = column < F
+            hidden = activate(gate, up, weight, expert, column, inside, vectors)
+            tl.store(h_rows + column, hidden.to(h.dtype.element_ty), mask=chosen & inside)
 
 
 @triton.jit
@@ -245,6 +281,7 @@ def grouped_down(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
     SORTED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
@@ -265,8 +302,7 @@ def grouped_down(
     else:
         row_blocks = (T + ROWS - 1) // ROWS
     for block in range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
-        row_block = block // column_blocks
-        n = block % column_blocks * COLUMNS
+        row_block, n = place_of(block, row_blocks, column_blocks, COLUMNS, GROUP)
         if SORTED:
             expert = tl.load(tiles + 2 * row_block)
             first = tl.load(tiles + 2 * row_block + 1)
@@ -319,8 +355,7 @@ def grouped_down(
         out = finish(down, weight, expert, column, inside, vectors)
         out = out.to(y.dtype.element_ty)
         if HALVES:
-            # Addresses of half the columns at a time: those of all do not fit into registers beside the sums.
-            left, right = out.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+            left, right = halves(out, ROWS, COLUMNS)
             column = n + tl.arange(0, COLUMNS // 2)[None, :]
             tl.store(y + pair.to(tl.int64) * D + column, left, mask=chosen & (column < D))
             column += COLUMNS // 2

@@ -114,6 +114,20 @@ def test_a_wide_tile_is_stored_by_halves(biased: bool, shared: str) -> None:
     assert error(made, run(made, plan)) <= 3 * ALLOWED["float32"]  # sums over 300 numbers, not 96
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "stacked"])
+def test_large_biased_tiles_are_activated_by_halves(layout: str) -> None:
+    made = make(body="gpt_oss", layout=layout, biased=True, sizes=(24, 200), tokens=40)
+    plan = Grouped(GemmTiles(128, 128, 8, 8, 2), _SMALL, 2)
+    assert "left_gate, right_gate" in module_of(made.layer, Choice(128, for_target("sm_90"), plan))
+    assert error(made, run(made, plan)) <= 3 * ALLOWED["float32"]  # sums over 200 numbers, not 96
+
+
+def test_tiles_take_an_experts_columns_in_groups() -> None:
+    made = make(experts=2, tokens=300, sizes=(16, 40), load="one")
+    plan = Grouped(GemmTiles(16, 16, 16, 4, 2), GemmTiles(16, 16, 16, 4, 2), 7)
+    assert error(made, run(made, plan)) <= ALLOWED["float32"]
+
+
 def test_the_same_bits_twice() -> None:
     made = make(router="softmax", shared="plain", tokens=64, experts=8)
     assert run(made, PLANS["grouped"]).equal(run(made, PLANS["grouped"]))
