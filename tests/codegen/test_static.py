@@ -25,9 +25,14 @@ def check(line: Line, target: str) -> None:
         assert line.warps < 8 or line.registers <= 200, line
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 4096])
-@pytest.mark.parametrize("shape", ["S1", "S6"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "shape", "tokens"),
+    [
+        *(("sm_90", shape, tokens) for shape in ("S1", "S6") for tokens in (1, 64, 4096)),
+        *((target, shape, 4096) for target in ("sm_80", "gfx942") for shape in ("S1", "S6")),
+        ("sm_80", "S1", 1),
+    ],
+)
 def test_default_plans(target: str, shape: str, tokens: int) -> None:
     found = list(static.lines(target, [shape], [tokens]))
     assert len(found) >= 2
