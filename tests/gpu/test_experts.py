@@ -15,6 +15,8 @@ pytestmark = pytest.mark.gpu
 # For few tokens and for many, by other kernels.
 SMALL = Sizes(hidden=192, width=160, experts=16, top_k=4)
 LARGE = Sizes(hidden=64, width=48, experts=16, top_k=4) if INTERPRETED else Sizes(1024, 768, 32, 4)
+# Of few tokens so few products that several programs share each one's sum.
+SHARED_SUMS = Sizes(hidden=2048, width=64, experts=16, top_k=1)
 
 
 def check(case: Layer, width: int) -> None:
@@ -63,6 +65,7 @@ def test_every_routing(tokens: int, routing: str) -> None:
         Sizes(8, 8, 60, 8),
         Sizes(257, 131, 7, 6),
         Sizes(136, 520, 64, 1),
+        SHARED_SUMS,
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from dsmoe_compiler.models.zoo import build
 from dsmoe_compiler.runtime.generated import EXPERTS, MOE
 from tests.gpu import exact
 from tests.gpu.layers import Sizes, layer
+from tests.gpu.test_experts import SHARED_SUMS
 from tests.gpu.test_whole_layers import Whole, check, whole
 from tests.gpu.where import DEVICE, DTYPES, INTERPRETED, at_most, on_a_device
 from tests.tiny_models import tokens
@@ -44,6 +45,30 @@ def test_the_same_bits_with_all_on_one_expert() -> None:
     first = EXPERTS(*case.arguments)
     for _ in range(2 if INTERPRETED else 50):
         assert torch.equal(EXPERTS(*case.arguments), first)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_same_bits_from_programs_that_share_a_sum(count: int) -> None:
+    case = layer("SwiGLU stacked", SHARED_SUMS, count, DTYPE)
+    first = EXPERTS(*case.arguments)
+    exact.assert_near(first, exact.experts(case), SHARED_SUMS.width)
+    for _ in range(2 if INTERPRETED else 200):
+        assert torch.equal(EXPERTS(*case.arguments), first)
+
+
+@on_a_device
+def test_graphs_whose_programs_share_sums_at_once() -> None:
+    cases = [layer("SwiGLU stacked", SHARED_SUMS, 2, DTYPE) for _ in range(2)]
+    captured = [_captured(lambda case=case: EXPERTS(*case.arguments)) for case in cases]  # type: ignore[misc]
+    streams = [_stream(), _stream()]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for (graph, _), stream in zip(captured, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for case, (_, out) in zip(cases, captured, strict=True):
+        exact.assert_near(out, exact.experts(case), SHARED_SUMS.width)
 
 
 @on_a_device
