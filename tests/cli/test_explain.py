@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import pty
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 
 from tests.cli.fakes import FUSED_LAYER, REFUSED_LAYER, FakeApi, report, run, wrong
+from tests.cli.on_terminal import on_terminal
 
 MODEL = "tests.cli.small_model:build"
 ROOT = Path(__file__).parents[2]
@@ -117,24 +114,8 @@ def test_the_readme_shows_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("width", [80, 200])
 def test_on_a_terminal_it_is_coloured_and_keeps_to_its_width(width: int) -> None:
     """Lines of code are whole; no other line is wider than the terminal, or than is good to read."""
-    main, terminal = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(width), "TERM": "xterm-256color"}
-    command = [sys.executable, "-m", "dsmoe_compiler", "explain", MODEL]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=terminal, stderr=subprocess.DEVNULL, env=environment)
-    os.close(terminal)
-    shown = b""
-    while chunk := _read(main):
-        shown += chunk
-    assert process.wait() == 0
-    text = shown.decode()
-    assert "\x1b[1;36m2: not fused" in text
-    plain = re.sub(r"\x1b\[[\d;]*m", "", text).replace("\r", "").splitlines()
+    shown = on_terminal(width, "explain", MODEL)
+    assert "\x1b[1;36m2: not fused" in shown.coloured
+    plain = shown.plain.splitlines()
     sentences = [line for line in plain if not re.search(r"[()=]", line)]
     assert max(map(len, sentences)) <= min(width, 120)
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 65536)
-    except OSError:  # how Linux says that nobody writes there any more
-        return b""
