@@ -99,7 +99,7 @@ def gate_and_up(
     return gate, up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def decode_up(
     x,  # [T, D]
     ids,  # [T, K]

@@ -86,7 +86,7 @@ def halves(sums, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return sums.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def grouped_up(
     x,  # [T, D]
     weights,  # [T, K]
@@ -262,7 +262,7 @@ def grouped_up(
             tl.store(h_rows + column, hidden.to(h.dtype.element_ty), mask=chosen & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def grouped_down(
     h,  # [rows, F]
     weights,  # [T, K]

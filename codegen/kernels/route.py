@@ -28,7 +28,7 @@ import triton.language as tl
 from dsmoe_compiler.codegen.kernels.arrive import last_to_arrive
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route(
     x,  # [T, D]
     weight,  # [E, D]

@@ -8,6 +8,7 @@ from dsmoe_compiler.codegen.gpu import for_target
 from dsmoe_compiler.codegen.load import load
 from dsmoe_compiler.codegen.lowering import Choice, choice_of, module_of
 from dsmoe_compiler.codegen.record import launches
+from dsmoe_compiler.codegen.resources import Signature, signature
 from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped
 from tests.codegen.layers import Made, make
 
@@ -58,3 +59,19 @@ def test_whatever_is_chosen(target: str, tokens: int) -> None:
     made = make(router="softmax", shared="plain", experts=64, top_k=6, dtype="bfloat16", sizes=(64, 96))
     choice = choice_of(made.layer, tokens, for_target(target), "3.9.0")
     assert len(launched(made, choice.plan)) <= (3 if isinstance(choice.plan, Decode) else 8)
+
+
+@pytest.mark.parametrize("plan", [DECODE, GROUPED], ids=["decode", "grouped"])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_numbers_of_tokens_share_what_was_compiled(plan: Decode | Grouped, target: str) -> None:
+    layer = make(router="softmax", shared="plain").layer
+    choice = Choice(64, for_target(target), plan, GROUPED)
+    module = load(module_of(layer, choice))
+    compiled = list[list[Signature]]()
+    for tokens in (1, 5, 16, 64):
+        made = make(router="softmax", shared="plain", tokens=tokens)
+        given = {k: _meta(v) for k, v in made.given(layer.added).items()}
+        found = launches(module, lambda given=given: module.layer(**given))
+        # Of scatter there are three: see there.
+        compiled.append([signature(f.kernel, f.arguments, target) for f in found if f.name != "scatter"])
+    assert compiled[0] and all(each == compiled[0] for each in compiled)
