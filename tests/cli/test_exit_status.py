@@ -72,7 +72,7 @@ def test_interrupted_is_130(api: FakeApi, here: Path) -> None:
         (["--nonsense"], "No such option"),
         (
             ["compile", "m", "-o", "m.pt2", "--backend", "tpu"],
-            "'tpu' is not one of 'auto', 'cpu', 'reference'",
+            "'tpu' is not one of 'auto', 'cpu', 'triton', 'reference'",
         ),
         (["inspect", "m", "--input", "x"], "'x' is not of the form name=2x16:int64"),
         (["inspect", "m", "--input", "x=2x-3"], "'x=2x-3' is not of the form"),
