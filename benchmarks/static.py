@@ -51,16 +51,16 @@ class Line:
     cp_async: int
 
 
-def launched(shape: Shape, tokens: int, target: str) -> list[Launch]:
-    """The launches of a bfloat16 layer for a bucket of tokens, its tensors on the meta device."""
-    layer = shape.layer()
+def launched(shape: Shape, tokens: int, target: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """The launches of a layer for a bucket of tokens, its tensors on the meta device."""
+    layer = shape.layer(dtype)
     module = load(module_of(layer, choice_of(layer, tokens, for_target(target), triton.__version__)))
 
     def empty(sizes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-        return [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in sizes]
+        return [torch.empty(s, dtype=dtype, device="meta") for s in sizes]
 
     given: dict[str, object] = {
-        "x": torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta"),
+        "x": torch.empty(tokens, shape.hidden, dtype=dtype, device="meta"),
         "router": empty(shape.router_params),
         "params": empty(shape.params),
     }
@@ -91,12 +91,14 @@ def line(shape: Shape, tokens: int, launch: Launch, took: Resources) -> Line:
     )
 
 
-def lines(target: str, shapes: Sequence[str], tokens: Sequence[int]) -> Iterator[Line]:
+def lines(
+    target: str, shapes: Sequence[str], tokens: Sequence[int], dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Line]:
     """The table of a target; a kernel that two plans launch alike is compiled once."""
     seen = dict[str, Resources]()
     for shape in (SHAPES[name] for name in shapes):
         for count in tokens:
-            for launch in launched(shape, count, target):
+            for launch in launched(shape, count, target, dtype):
                 compiled = compile_launch(launch.kernel, launch.arguments, launch.options, target)
                 text = compiled.text("ttgir")
                 if text not in seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import triton
 
 from benchmarks import static
@@ -38,6 +39,12 @@ def test_default_plans(target: str, shape: str, tokens: int) -> None:
     assert len(found) >= 2
     for line in found:
         check(line, target)
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [("S1", 4096), ("S6", 64)])
+def test_float16_is_multiplied_as_bfloat16_is(shape: str, tokens: int) -> None:
+    for line in static.lines("sm_90", [shape], [tokens], torch.float16):
+        check(line, "sm_90")
 
 
 @pytest.mark.slow
