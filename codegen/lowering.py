@@ -353,7 +353,6 @@ def _descriptors(prefix: str, experts: _Experts, up: GemmTiles, down: GemmTiles)
     columns = up.columns * (2 if experts.interleaved else 1)
     return {
         f"{prefix}UP_TMA": up.tma,
-        f"{prefix}GATE_TMA": up.tma and experts.gated and not experts.interleaved,
         f"{prefix}UP_BLOCK": _block(experts.ffn.products[0].transposed, columns, up.depth),
         f"{prefix}DOWN_TMA": down.tma,
         f"{prefix}DOWN_BLOCK": _block(experts.ffn.down.transposed, down.columns, down.depth),

@@ -87,13 +87,16 @@ def grouped_layer(x, router, ids, weights, params, shared, added):
     )
 
     h = torch.empty((P, F), dtype=H_DTYPE, device=x.device)
-    if GATED:
-        gate_weight = params[GATE_PARAM]
     up_weight = params[UP_PARAM]
     if UP_TMA:
-        if GATE_TMA:
-            gate_weight = TensorDescriptor.from_tensor(gate_weight, UP_BLOCK)
         up_weight = TensorDescriptor.from_tensor(up_weight, UP_BLOCK)
+    if GATED:
+        if GATE_PARAM == UP_PARAM:
+            gate_weight = up_weight
+        else:
+            gate_weight = params[GATE_PARAM]
+            if UP_TMA:
+                gate_weight = TensorDescriptor.from_tensor(gate_weight, UP_BLOCK)
     grouped_up[(PROGRAMS,)](
         x=x,
         weights=weights,
@@ -129,14 +132,17 @@ def grouped_layer(x, router, ids, weights, params, shared, added):
     if SHARED:
         added = torch.empty((T, WIDTH), dtype=SHARED_DTYPE, device=x.device)
         shared_h = torch.empty((T, SHARED_F), dtype=H_DTYPE, device=x.device)
-        if SHARED_GATED:
-            shared_gate_weight = shared[SHARED_GATE_PARAM].unsqueeze(0)
         shared_up_weight = shared[SHARED_UP_PARAM].unsqueeze(0)
         shared_down_weight = shared[SHARED_DOWN_PARAM].unsqueeze(0)
         if SHARED_UP_TMA:
-            if SHARED_GATE_TMA:
-                shared_gate_weight = TensorDescriptor.from_tensor(shared_gate_weight, SHARED_UP_BLOCK)
             shared_up_weight = TensorDescriptor.from_tensor(shared_up_weight, SHARED_UP_BLOCK)
+        if SHARED_GATED:
+            if SHARED_GATE_PARAM == SHARED_UP_PARAM:
+                shared_gate_weight = shared_up_weight
+            else:
+                shared_gate_weight = shared[SHARED_GATE_PARAM].unsqueeze(0)
+                if SHARED_UP_TMA:
+                    shared_gate_weight = TensorDescriptor.from_tensor(shared_gate_weight, SHARED_UP_BLOCK)
         shared_up[(SHARED_PROGRAMS,)](
             x=x,
             gate_weight=shared_gate_weight,
