@@ -64,7 +64,7 @@ def test_a_damaged_file_is_one_line(here: Path) -> None:
     whole = (here / "tiny.pt2").read_bytes()
     for name, damaged in {
         "cut.pt2": whole[: len(whole) // 2],
-        "flipped.pt2": whole[:200_000] + bytes(1000) + whole[201_000:],
+        "flipped.pt2": whole[:200_000] + bytes(b ^ 255 for b in whole[200_000:201_000]) + whole[201_000:],
         "empty.pt2": b"",
     }.items():
         (here / name).write_bytes(damaged)
