@@ -393,6 +393,7 @@ def _host_constants(layer: Layer, experts: _Experts, routing: RouteTiles | None)
 def _shared_constants(shared: _Experts) -> dict[str, object]:
     return {
         "SHARED_F": shared.ffn.width,
+        "SHARED_H_DTYPE": _torch(shared.down.dtype),
         "SHARED_GATED": shared.gated and not shared.interleaved,
         "SHARED_GATE_PARAM": shared.ffn.products[0].param,
         "SHARED_UP_PARAM": shared.ffn.products[-1].param,

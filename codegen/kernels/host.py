@@ -131,7 +131,7 @@ def grouped_layer(x, router, ids, weights, params, shared, added):
 
     if SHARED:
         added = torch.empty((T, WIDTH), dtype=SHARED_DTYPE, device=x.device)
-        shared_h = torch.empty((T, SHARED_F), dtype=H_DTYPE, device=x.device)
+        shared_h = torch.empty((T, SHARED_F), dtype=SHARED_H_DTYPE, device=x.device)
         shared_up_weight = shared[SHARED_UP_PARAM].unsqueeze(0)
         shared_down_weight = shared[SHARED_DOWN_PARAM].unsqueeze(0)
         if SHARED_UP_TMA:
@@ -194,7 +194,7 @@ def decode_layer(x, router, ids, weights, params, shared, added):
 
     h = torch.empty((P, F), dtype=H_DTYPE, device=x.device)
     if SHARED:
-        shared_h = torch.empty((T, SHARED_F), dtype=H_DTYPE, device=x.device)
+        shared_h = torch.empty((T, SHARED_F), dtype=SHARED_H_DTYPE, device=x.device)
         programs = P + T
     else:
         programs = P

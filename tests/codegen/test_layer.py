@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,6 +127,17 @@ def test_tiles_take_an_experts_columns_in_groups() -> None:
     made = make(experts=2, tokens=300, sizes=(16, 40), load="one")
     plan = Grouped(GemmTiles(16, 16, 16, 4, 2), GemmTiles(16, 16, 16, 4, 2), 7)
     assert error(made, run(made, plan)) <= ALLOWED["float32"]
+
+
+@pytest.mark.parametrize("plan", ["decode", "grouped"])
+def test_shared_experts_of_a_wider_dtype_keep_their_hidden_rows(plan: str) -> None:
+    made = make(router="softmax", shared="plain", tokens=3, dtype="float16")
+    layer = made.layer
+    wide = replace(layer, shared_params=tuple(replace(o, dtype="float32") for o in layer.shared_params))
+    choice = Choice(4, for_target("sm_90"), PLANS[plan], Grouped(_SMALL, _SMALL, 2))
+    for kind, dtype in ((layer, "float16"), (wide, "float32")):
+        (line,) = [x for x in module_of(kind, choice).splitlines() if "shared_h = torch.empty" in x]
+        assert f"dtype=torch.{dtype}" in line
 
 
 def test_the_same_bits_twice() -> None:
