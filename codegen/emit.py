@@ -82,7 +82,8 @@ def read_names(source: str) -> set[str]:
             loads[node.id] = min(node.lineno, loads.get(node.id, node.lineno))
         elif isinstance(node, ast.Assign):
             own = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
-            for target in (t for t in node.targets if isinstance(t, ast.Name) and t.id not in own):
+            targets = (n for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name))
+            for target in (t for t in targets if isinstance(t.ctx, ast.Store) and t.id not in own):
                 stores[target.id] = min(node.lineno, stores.get(target.id, node.lineno))
     return {name for name, line in loads.items() if stores.get(name, line) >= line}
 

@@ -45,15 +45,15 @@ def module_text(doc: str, host: Source, constants: Constants, roots: Mapping[str
     `constants` what is known in the host function itself.
     """
     writer = _Writer(roots)
-    launched = writer.host(host, constants)
+    writer.host(host, constants, "layer")
+    hosts = writer.hosts.values()
     imports = ["import torch", "import triton", "import triton.language as tl"]
-    if "TensorDescriptor" in launched:
+    if any("TensorDescriptor" in text for text in hosts):
         imports.append("from triton.tools.tensor_descriptor import TensorDescriptor")
-    functions = [*writer.texts.values(), *writer.helpers.values(), launched]
     head = f'"""{doc}"""\n\n' + "\n".join(imports) + "\n"
-    if "counters(" in launched:
+    if "counters" in writer.hosts:
         head += "\n_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}\n"
-    return "\n\n".join([head, *(_tidy(f) for f in functions)])
+    return "\n\n".join([head, *(_tidy(f) for f in (*writer.texts.values(), *hosts))])
 
 
 def _tidy(text: str) -> str:
@@ -79,33 +79,43 @@ class _Writer:
     def __init__(self, roots: Mapping[str, Root]) -> None:
         self.roots = roots
         self.texts = dict[str, str]()
-        self.helpers = dict[str, str]()
+        self.hosts = dict[str, str]()
 
-    def host(self, found: Source, constants: Constants) -> str:
-        """The host function, as `layer`, its launches with what their kernels take beside tensors."""
+    def host(self, found: Source, constants: Constants, wanted: str) -> Written:
+        """A host function, its launches with what their kernels take beside tensors, and the host functions
+        that it calls.
+        """
         text = emit.substitute(emit.fold(found.text, constants), constants)
         text = re.sub(r"triton\.cdiv\((\w+), 1\)", r"\1", text)
 
-        def launch(text: str, call: ast.Call) -> tuple[str, list[str]] | None:
+        def call_of(text: str, call: ast.Call) -> tuple[str, list[str]] | None:
             name = emit.called(call)
-            if name is None or name not in self.roots:
-                if name in module(found.module) and name not in self.helpers:
-                    self.helpers[name] = module(found.module)[name].text
+            if name is None:
                 return None
-            root = self.roots[name]
-            kernel = self.function(source(root.module, root.name), root.constants, root, name)
-            given = _given(text, call, source(root.module, root.name))
-            arguments = list[str]()
-            for parameter, kept in kernel.parameters.items():
-                if parameter in root.vectors:
-                    arguments += [f"{n}={root.vectors[parameter][n]}" for n in kept]
-                elif kept:
-                    value = given.get(parameter) or emit.literal(root.constants[parameter])
-                    arguments.append(f"{parameter}={value}")
-            arguments += [f"{k}={v}" for k, v in root.options.items()]
-            return kernel.name, arguments
+            if name in self.roots:
+                return self._launch(name, _given(text, call, _kernel(self.roots[name])))
+            if name not in module(found.module):
+                return None
+            callee = source(found.module, name)
+            given, kept = _given(text, call, callee), self.host(callee, constants, name)
+            return kept.name, [given[p] for p, names in kept.parameters.items() if names]
 
-        return emit.renamed(_pruned(emit.with_calls(text, launch))[0], "layer")
+        text, parameters = _pruned(emit.with_calls(text, call_of))
+        self.hosts[wanted] = emit.renamed(text, wanted)
+        return Written(wanted, parameters)
+
+    def _launch(self, name: str, given: Mapping[str, str]) -> tuple[str, list[str]]:
+        """The kernel launched under a name, and the arguments of its launch."""
+        root = self.roots[name]
+        kernel = self.function(_kernel(root), root.constants, root, name)
+        arguments = list[str]()
+        for parameter, kept in kernel.parameters.items():
+            if parameter in root.vectors:
+                arguments += [f"{n}={root.vectors[parameter][n]}" for n in kept]
+            elif kept:
+                value = given.get(parameter) or emit.literal(root.constants[parameter])
+                arguments.append(f"{parameter}={value}")
+        return kernel.name, [*arguments, *(f"{k}={v}" for k, v in root.options.items())]
 
     def function(self, found: Source, constants: Constants, root: Root, wanted: str) -> Written:
         """A function of the library folded with what is known of its parameters, and all that it calls."""
@@ -146,6 +156,10 @@ class _Writer:
             if self.texts.setdefault(candidate, text) == text:
                 return candidate
             number += 1
+
+
+def _kernel(root: Root) -> Source:
+    return source(root.module, root.name)
 
 
 def _given(text: str, call: ast.Call, callee: Source) -> dict[str, str]:

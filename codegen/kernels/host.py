@@ -39,6 +39,29 @@ def counters(device, count):
     return found
 
 
+def routing(x, router):
+    """The ids and weights (T, K) of every token's experts, best first."""
+    T = x.shape[0]
+    ids = torch.empty((T, K), dtype=torch.int32, device=x.device)
+    weights = torch.empty((T, K), dtype=WEIGHT_DTYPE, device=x.device)
+    if ROUTE_SPLIT:
+        logits = torch.empty((T, E), dtype=torch.float32, device=x.device)
+        arrivals = counters(x.device, triton.cdiv(T, ROUTE_TOKENS))
+    route[(triton.cdiv(T, ROUTE_TOKENS), ROUTE_PARTS)](
+        x=x,
+        weight=router[0],
+        bias=router[1],
+        selection_bias=router[-1],
+        ids=ids,
+        weights=weights,
+        logits=logits,
+        arrivals=arrivals,
+        T=T,
+        **ROUTE,
+    )
+    return ids, weights
+
+
 def grouped_layer(x, router, ids, weights, params, shared, added):
     """The layer's output (T, D): pairs sorted by expert, two grouped products, a sum over slots."""
     T = x.shape[0]
@@ -46,23 +69,7 @@ def grouped_layer(x, router, ids, weights, params, shared, added):
     if T == 0:
         return out
     if ROUTED:
-        ids = torch.empty((T, K), dtype=torch.int32, device=x.device)
-        weights = torch.empty((T, K), dtype=WEIGHT_DTYPE, device=x.device)
-        if ROUTE_SPLIT:
-            logits = torch.empty((T, E), dtype=torch.float32, device=x.device)
-            arrivals = counters(x.device, triton.cdiv(T, ROUTE_TOKENS))
-        route[(triton.cdiv(T, ROUTE_TOKENS), ROUTE_PARTS)](
-            x=x,
-            weight=router[0],
-            bias=router[1],
-            selection_bias=router[-1],
-            ids=ids,
-            weights=weights,
-            logits=logits,
-            arrivals=arrivals,
-            T=T,
-            **ROUTE,
-        )
+        ids, weights = routing(x, router)
     P = T * K
 
     chunks = triton.cdiv(P, CHUNK)
@@ -173,23 +180,7 @@ def decode_layer(x, router, ids, weights, params, shared, added):
     if T == 0:
         return out
     if ROUTED:
-        ids = torch.empty((T, K), dtype=torch.int32, device=x.device)
-        weights = torch.empty((T, K), dtype=WEIGHT_DTYPE, device=x.device)
-        if ROUTE_SPLIT:
-            logits = torch.empty((T, E), dtype=torch.float32, device=x.device)
-            arrivals = counters(x.device, triton.cdiv(T, ROUTE_TOKENS))
-        route[(triton.cdiv(T, ROUTE_TOKENS), ROUTE_PARTS)](
-            x=x,
-            weight=router[0],
-            bias=router[1],
-            selection_bias=router[-1],
-            ids=ids,
-            weights=weights,
-            logits=logits,
-            arrivals=arrivals,
-            T=T,
-            **ROUTE,
-        )
+        ids, weights = routing(x, router)
     P = T * K
 
     h = torch.empty((P, F), dtype=H_DTYPE, device=x.device)
