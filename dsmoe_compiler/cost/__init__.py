@@ -1,0 +1,1 @@
+"""What a captured model costs: parameters, operations, bytes, and the least time they take."""
