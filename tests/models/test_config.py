@@ -36,7 +36,7 @@ def test_a_good_configuration_knows_what_follows_from_it() -> None:
         ({"num_attention_heads": 8}, "rotary embedding needs an even head width, got 3"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 exceeds n_routed_experts=8"),
         ({"first_k_dense_replace": 4}, "first_k_dense_replace=4 exceeds num_hidden_layers=3"),
-        ({"intermediate_size": 0}, "intermediate_size must be positive where first layers are dense"),
+        ({"intermediate_size": 0}, "intermediate_size must be positive where layers are dense"),
         ({"rope_theta": -1.0}, "rope_theta must be positive, got -1.0"),
     ],
 )
