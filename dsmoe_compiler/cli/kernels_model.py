@@ -79,12 +79,12 @@ def _after_passes(
     stage(f"build {text}")
     call = resolve(text, inputs, with_weights=False)
     if dtype is not None:
-        call = _cast(text, call, dtype)
+        call = cast_call(text, call, dtype)
     done = api.optimize(call.model, call.args, call.kwargs, verify="off", progress=stage)
     return done.graph, done.report, call.notes
 
 
-def _cast(text: str, call: ModelCall, dtype: str) -> ModelCall:
+def cast_call(text: str, call: ModelCall, dtype: str) -> ModelCall:
     """The call with weights and numbers of that dtype. Raises InputError for a model that is no module."""
     import torch
     from torch import nn

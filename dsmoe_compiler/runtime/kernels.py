@@ -15,7 +15,7 @@ import triton
 from dsmoe_compiler.codegen import candidates, tuned
 from dsmoe_compiler.codegen.architecture import ARCHITECTURES
 from dsmoe_compiler.codegen.ffn import Unsupported
-from dsmoe_compiler.codegen.gpu import GPUS, Gpu, for_target, of_device
+from dsmoe_compiler.codegen.gpu import Gpu, for_target, of_device
 from dsmoe_compiler.codegen.load import load
 from dsmoe_compiler.codegen.lowering import Choice, choice_of, module_of
 from dsmoe_compiler.codegen.plan import bucket
@@ -25,6 +25,7 @@ from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped, 
 from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.nearest import unknown
 from dsmoe_compiler.runtime.fused_layers import FusedLayer, fused_layers
+from dsmoe_compiler.runtime.gpu_catalogue import named
 
 __all__ = [
     "TRITON",
@@ -59,7 +60,7 @@ def gpu_for(target: str | None, name: str | None) -> Gpu:
     one at hand, or else an H200. Raises InputError for names of none, and for two that do not agree.
     """
     if name is not None:
-        gpu = _catalogued(name)
+        gpu = named(name)
         if target not in (None, gpu.target):
             raise InputError(f"--gpu {name} is {gpu.target}, not {target}: leave one of the two out")
         return gpu
@@ -68,19 +69,6 @@ def gpu_for(target: str | None, name: str | None) -> Gpu:
     if target not in ARCHITECTURES:
         raise InputError(unknown("architecture", target, ARCHITECTURES))
     return for_target(target)
-
-
-def _catalogued(name: str) -> Gpu:
-    """A GPU of the catalogue by the end of its name, spaces and case aside."""
-    short = {_plain(gpu.name.split(" ", 1)[1]): gpu for gpu in GPUS}
-    found = [gpu for key, gpu in short.items() if _plain(name) and key.endswith(_plain(name))]
-    if len(found) != 1:
-        raise InputError(unknown("GPU", name, [gpu.name.split()[-1] for gpu in GPUS]))
-    return found[0]
-
-
-def _plain(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
 
 
 @dataclass(frozen=True)
