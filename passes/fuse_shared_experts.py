@@ -76,7 +76,7 @@ def _added_to(graph: ProgramGraph, moe: Node) -> tuple[Node, Body, list[Node]] |
         if not isinstance(other, Node) or not _same_values(other, routed):
             continue
         found = row_body(graph, other, x)
-        if found is None or not any(s.op == "linear" for s in found[0].steps):
+        if found is None or not _downs(found[0]):  # without one it is a projection of x, not experts
             continue
         if first_overwritten(graph, x, (other,)) is None:
             return add, *found
@@ -91,16 +91,16 @@ def _same_values(a: Node, b: Node) -> bool:
 
 def _width(body: Body, params: list[Node]) -> int:
     """The input width of the last linear: all shared experts' hidden width together."""
-    last = max(i for i, s in enumerate(body.steps) if s.op == "linear" and _is_down(body, i))
-    weight = params[int(body.steps[body.steps[last].args[1]].attrs[0] or 0)]
+    weight = params[int(body.steps[body.steps[_downs(body)[-1]].args[1]].attrs[0] or 0)]
     width = shape(weight)[1]
     assert isinstance(width, int)
     return width
 
 
-def _is_down(body: Body, at: int) -> bool:
-    """Whether a linear reads computed rows, not x itself."""
-    return body.steps[body.steps[at].args[0]].op != "x"
+def _downs(body: Body) -> list[int]:
+    """The linears that read computed rows, not x itself."""
+    linears = (i for i, step in enumerate(body.steps) if step.op == "linear")
+    return [i for i in linears if body.steps[body.steps[i].args[0]].op != "x"]
 
 
 def _is_gated(body: Body) -> bool:

@@ -770,6 +770,15 @@ def shared_weight_overwritten(shared: SharedExpert, x: Tensor, y: Tensor) -> Ten
     return y + shared.down.forward(F.silu(gate) * shared.up.forward(x))
 
 
+def shared_of_one_product(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    """A projection beside the routed sum: it has no hidden width."""
+    return y + shared.gate.forward(x)
+
+
+def shared_without_a_down(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
+    return y + F.silu(shared.gate.forward(x)) * shared.up.forward(x)
+
+
 def shared_twice(shared: SharedExpert, x: Tensor, y: Tensor) -> Tensor:
     return shared.forward(x) + y + shared.forward(2 * x)
 
@@ -785,5 +794,7 @@ SHARED_LOOKALIKES: tuple[Join, ...] = (
     shared_summed_over_tokens,
     shared_crossed,
     shared_weight_overwritten,
+    shared_of_one_product,
+    shared_without_a_down,
     shared_twice,
 )
