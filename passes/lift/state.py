@@ -470,8 +470,14 @@ _SAME_DIMENSIONS = frozenset(
 def has_slots(ids: Node) -> bool:
     """Whether the ids' last dimension numbers a token's slots.
 
-    An argmax drops that dimension, a top-k has one: what selects says so, sizes cannot.
+    An argmax drops that dimension, a top-k has one: what selects says so. Of sizes only one that varies says
+    something: as many slots as a token has are a number.
     """
+    return _numbers_slots(ids) and (len(shape(ids)) < 2 or isinstance(shape(ids)[-1], int))
+
+
+def _numbers_slots(ids: Node) -> bool:
+    """Whether what selects says so, or nothing says otherwise."""
     while len(shape(ids)) > 1 and ids.op == "call_function":
         name, last = operator_name(ids), len(shape(ids)) - 1
         if name in ("aten::argmax", "aten::argmin"):
@@ -485,7 +491,7 @@ def has_slots(ids: Node) -> bool:
         if name in ("aten::select", "aten::squeeze") and len(shape(below)) == last + 2:
             return argument(ids, "dim") not in (-1, last + 1, [-1], [last + 1])
         if ids.target in VIEWS:
-            return has_slots(below) or same_size(shape(ids)[-1], 1)
+            return _numbers_slots(below) or same_size(shape(ids)[-1], 1)
         if name not in _SAME_DIMENSIONS:
             return True
         ids = below

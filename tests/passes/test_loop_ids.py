@@ -77,3 +77,31 @@ def test_slots_chosen_one_by_one_are_one_layer() -> None:
     assert [layer.fused for layer in program.report.layers] == [True]
     x = torch.randn(50, D)
     assert relative(program(x), model(x)) < 1e-6
+
+
+class _Hashed(nn.Module):
+    """One expert a word, by a table: the ids have a sentence's dimensions, and no slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(100, D)
+        self.table = nn.Buffer(torch.randint(E, (100,)))
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+
+    def forward(self, words: Tensor) -> Tensor:
+        x_BLD, ids_BL = self.words(words), self.table[words]
+        x, ids = x_BLD.flatten(0, 1), ids_BL.flatten()
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out[ids == e] = expert(x[ids == e])
+        return out.view(x_BLD.shape)
+
+
+def test_ids_of_a_table_of_words() -> None:
+    model = _Hashed()
+    program = dsmoe.compile(model, (torch.randint(100, (3, 11)),), require_fused=True)
+    assert program.report.fused == 1
+    for batch, length in ((2, 5), (1, 1), (0, 4)):
+        words = torch.randint(100, (batch, length))
+        torch.testing.assert_close(program(words), model(words), rtol=1e-5, atol=1e-6)
