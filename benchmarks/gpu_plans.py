@@ -15,10 +15,11 @@ from benchmarks.gpu_inputs import Inputs, error, expected
 from benchmarks.gpu_peers import experts_spec
 from benchmarks.moe_shapes import Shape
 from dsmoe_compiler.codegen import candidates, tuned
+from dsmoe_compiler.codegen.choice import Choice
 from dsmoe_compiler.codegen.gpu import Gpu
 from dsmoe_compiler.codegen.layer import Layer
 from dsmoe_compiler.codegen.load import load
-from dsmoe_compiler.codegen.lowering import Choice, module_of
+from dsmoe_compiler.codegen.lowering import module_of
 from dsmoe_compiler.codegen.plan import Problem, bucket, choose
 from dsmoe_compiler.ir.spec import to_text
 from dsmoe_compiler.runtime.layers import experts_layer

@@ -20,9 +20,10 @@ import torch
 import triton
 
 from benchmarks.moe_shapes import SHAPES, TOKENS, Shape
+from dsmoe_compiler.codegen.choice import choice_of
 from dsmoe_compiler.codegen.gpu import for_target
 from dsmoe_compiler.codegen.load import load
-from dsmoe_compiler.codegen.lowering import choice_of, module_of
+from dsmoe_compiler.codegen.lowering import module_of
 from dsmoe_compiler.codegen.record import Launch, launches
 from dsmoe_compiler.codegen.resources import Resources, compile_launch, resources
 

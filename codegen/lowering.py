@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
+from dsmoe_compiler.codegen.bound_ffn import BoundFfn, routed_experts, shared_experts
+from dsmoe_compiler.codegen.choice import Choice
 from dsmoe_compiler.codegen.emit import Code
-from dsmoe_compiler.codegen.ffn import Ffn, Unsupported
-from dsmoe_compiler.codegen.gpu import Gpu, for_target
+from dsmoe_compiler.codegen.ffn import Unsupported
+from dsmoe_compiler.codegen.gpu import Gpu
 from dsmoe_compiler.codegen.layer import Layer
 from dsmoe_compiler.codegen.library import source
-from dsmoe_compiler.codegen.operand import SIZES, Operand
-from dsmoe_compiler.codegen.plan import choose, choose_shared
-from dsmoe_compiler.codegen.pointwise import Function, NoExpression, device_function, vector_names
+from dsmoe_compiler.codegen.operand import SIZES
+from dsmoe_compiler.codegen.pointwise import NoExpression
 from dsmoe_compiler.codegen.route_flags import weights_dtype
 from dsmoe_compiler.codegen.routing_tiles import RouteTiles, combine_columns, permute_tiles, route_tiles
 from dsmoe_compiler.codegen.specialize import Root, module_text
-from dsmoe_compiler.codegen.term import Term
-from dsmoe_compiler.codegen.tiles import GROUP, Decode, GemmTiles, GemvTiles, Grouped, Plan
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen for a layer and a bucket of tokens on a GPU; `shared` is the plan of the shared experts
-    where they run beside a grouped one.
-    """
-
-    tokens: int
-    gpu: Gpu
-    plan: Plan
-    shared: Grouped | None = None
-
-
-def choice_of(layer: Layer, tokens: int, gpu: Gpu, triton: str) -> Choice:
-    """The plan for a bucket of tokens; `triton` is Triton's version. Raises Unsupported."""
-    problem = layer.problem(tokens)
-    plan = choose(problem, gpu, triton)
-    beside = isinstance(plan, Grouped) and layer.shared_ffn is not None
-    return Choice(tokens, gpu, plan, choose_shared(problem, gpu, triton) if beside else None)
-
-
-def interpreted(layer: Layer, tokens: int) -> Choice:
-    """The plan for Triton's interpreter, which takes as long for a program and a step whatever their size:
-    few large ones. Raises Unsupported.
-    """
-    gpu = replace(for_target("sm_90"), name="Triton's interpreter", processors=1)
-    if tokens * layer.top_k <= 8:
-        return Choice(tokens, gpu, Decode(GemvTiles(128, 256, 4, 1), GemvTiles(128, 256, 4, 1)))
-    tiles = GemmTiles(32, 128, 128, 4, 1, tma=layer.problem(tokens).tma)
-    plan = Grouped(tiles, tiles, programs=1)
-    return Choice(tokens, gpu, plan, plan if layer.shared_ffn else None)
+from dsmoe_compiler.codegen.tiles import GROUP, Decode, GemmTiles, GemvTiles, Grouped
 
 
 def module_of(layer: Layer, choice: Choice) -> str:
@@ -66,84 +32,6 @@ def module_of(layer: Layer, choice: Choice) -> str:
         raise Unsupported(str(e)) from e
 
 
-@dataclass(frozen=True)
-class _Experts:
-    """Routed or shared experts as kernels see them: their body's form, tensors and names.
-
-    `tensors` is what the host function calls the tensors, `prefix` begins their vectors' names in kernels,
-    `suffix` ends the generated functions' names.
-    """
-
-    ffn: Ffn
-    params: tuple[Operand, ...]
-    tensors: str
-    prefix: str
-    suffix: str
-
-    @property
-    def who(self) -> str:
-        """One of them, in words."""
-        return "a shared expert" if self.suffix else "an expert"
-
-    @property
-    def gated(self) -> bool:
-        """Whether there are a gate and an up product."""
-        return len(self.ffn.products) == 2
-
-    @property
-    def interleaved(self) -> bool:
-        """Whether gate and up are alternate columns of one product."""
-        return self.ffn.products[0].step == 2
-
-    @property
-    def up(self) -> Operand:
-        """The matrices of the first products; where there are two tensors, they lie alike."""
-        return self.params[self.ffn.products[0].param]
-
-    @property
-    def down(self) -> Operand:
-        """The matrices of the last product."""
-        return self.params[self.ffn.down.param]
-
-    @property
-    def out(self) -> int:
-        """Outputs of the first matrices, D of the layer's output being those of the last."""
-        return _outputs(self.up, self.ffn.products[0].transposed)
-
-    @property
-    def width_out(self) -> int:
-        """Outputs of the last matrices."""
-        return _outputs(self.down, self.ffn.down.transposed)
-
-    def before_down(self) -> dict[str, Function]:
-        """What is generated for the kernel of the first products."""
-        made = {"activate": self.activate()}
-        if self.ffn.factor:
-            doc = "What a row is multiplied by before its expert's products."
-            made["weigh"] = self._function("weigh", doc, self.ffn.factor, [])
-        return made
-
-    def activate(self) -> Function:
-        """The function between the products."""
-        names = ["gate", "up"] if self.gated else ["up"]
-        doc = f"What {self.who} does between its products."
-        return self._function("activate", doc, self.ffn.middle, names)
-
-    def finish(self) -> Function:
-        """The function after the last product."""
-        doc = f"What {self.who} does after its last product."
-        return self._function("finish", doc, self.ffn.last, ["down"])
-
-    def _function(self, name: str, doc: str, term: Term, products: list[str]) -> Function:
-        strides = {v.param: self.params[v.param].strides[0] for v in term.vectors}
-        return device_function(f"{name}{self.suffix}", doc, term, products, strides, self.prefix)
-
-    def vectors(self, term: Term) -> Mapping[str, str]:
-        """The tensors of a term's vectors: names in the kernel, expressions in the host function."""
-        names = vector_names(term, self.prefix)
-        return {n: f"{self.tensors}[{n.removeprefix(self.prefix)}]" for n in names}
-
-
 def _title(layer: Layer, choice: Choice) -> str:
     """What a module's first lines say."""
     router = f"{layer.router} | " if layer.router else ""
@@ -156,19 +44,10 @@ def _title(layer: Layer, choice: Choice) -> str:
     return "\n".join([*textwrap.wrap(what, 100), "", where]) + "\n"
 
 
-def _routed(layer: Layer) -> _Experts:
-    return _Experts(layer.ffn, layer.params, "params", "p", "")
-
-
-def _shared(layer: Layer) -> _Experts | None:
-    ffn = layer.shared_ffn
-    return _Experts(ffn, layer.shared_params, "shared", "s", "_shared") if ffn else None
-
-
 def _grouped(
     layer: Layer, tokens: int, gpu: Gpu, plan: Grouped, shared_plan: Grouped | None, doc: str
 ) -> str:
-    experts, shared = _routed(layer), _shared(layer)
+    experts, shared = routed_experts(layer), shared_experts(layer)
     routing = _route_tiles(layer, tokens, gpu) if layer.router else None
     permute = permute_tiles(tokens * layer.top_k)
     known: dict[str, object] = {"E": layer.experts.count, "E_PAD": _power(layer.experts.count)}
@@ -206,7 +85,7 @@ def _grouped(
 
 
 def _decode(layer: Layer, tokens: int, gpu: Gpu, plan: Decode, doc: str) -> str:
-    experts, shared = _routed(layer), _shared(layer)
+    experts, shared = routed_experts(layer), shared_experts(layer)
     ffn, first = layer.ffn, layer.ffn.products
     known: dict[str, object] = {
         "K": layer.top_k,
@@ -279,7 +158,7 @@ def _decode(layer: Layer, tokens: int, gpu: Gpu, plan: Decode, doc: str) -> str:
     return module_text(doc, source("host", "decode_layer"), constants, roots)
 
 
-def _up_root(experts: _Experts, tiles: GemmTiles, top_k: int, is_sorted: bool) -> Root:
+def _up_root(experts: BoundFfn, tiles: GemmTiles, top_k: int, is_sorted: bool) -> Root:
     ffn, first = experts.ffn, experts.ffn.products
     constants = {
         "K": top_k,
@@ -317,7 +196,7 @@ def _up_root(experts: _Experts, tiles: GemmTiles, top_k: int, is_sorted: bool) -
     )
 
 
-def _down_root(experts: _Experts, tiles: GemmTiles, is_sorted: bool) -> Root:
+def _down_root(experts: BoundFfn, tiles: GemmTiles, is_sorted: bool) -> Root:
     ffn = experts.ffn
     constants = {
         "D": experts.width_out,
@@ -348,7 +227,7 @@ def _down_root(experts: _Experts, tiles: GemmTiles, is_sorted: bool) -> Root:
     )
 
 
-def _descriptors(prefix: str, experts: _Experts, up: GemmTiles, down: GemmTiles) -> dict[str, object]:
+def _descriptors(prefix: str, experts: BoundFfn, up: GemmTiles, down: GemmTiles) -> dict[str, object]:
     """Which tensors the host function makes descriptors of, and their blocks."""
     columns = up.columns * (2 if experts.interleaved else 1)
     return {
@@ -364,7 +243,7 @@ def _block(transposed: bool, columns: int, depth: int) -> list[int]:
     return [1, depth, columns] if transposed else [1, columns, depth]
 
 
-def _host_constants(layer: Layer, experts: _Experts, routing: RouteTiles | None) -> dict[str, object]:
+def _host_constants(layer: Layer, experts: BoundFfn, routing: RouteTiles | None) -> dict[str, object]:
     ffn = experts.ffn
     routed: dict[str, object] = {}
     if routing and layer.router:
@@ -390,7 +269,7 @@ def _host_constants(layer: Layer, experts: _Experts, routing: RouteTiles | None)
     }
 
 
-def _shared_constants(shared: _Experts) -> dict[str, object]:
+def _shared_constants(shared: BoundFfn) -> dict[str, object]:
     return {
         "SHARED_F": shared.ffn.width,
         "SHARED_H_DTYPE": _torch(shared.down.dtype),
@@ -404,10 +283,6 @@ def _shared_constants(shared: _Experts) -> dict[str, object]:
 def _options(tiles: GemmTiles | GemvTiles) -> dict[str, int]:
     limit = {"maxnreg": tiles.registers} if isinstance(tiles, GemmTiles) and tiles.registers else {}
     return {"num_warps": tiles.warps, "num_stages": tiles.stages, **limit}
-
-
-def _outputs(matrices: Operand, transposed: bool) -> int:
-    return matrices.shape[2] if transposed else matrices.shape[1]
 
 
 def _torch(dtype: str) -> Code:

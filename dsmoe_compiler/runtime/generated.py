@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsmoe_compiler.codegen.choice import choice_of, interpreted
 from dsmoe_compiler.codegen.ffn import Unsupported
 from dsmoe_compiler.codegen.gpu import Gpu, of_device
 from dsmoe_compiler.codegen.layer import Layer
 from dsmoe_compiler.codegen.load import load
-from dsmoe_compiler.codegen.lowering import choice_of, interpreted, module_of
+from dsmoe_compiler.codegen.lowering import module_of
 from dsmoe_compiler.codegen.plan import bucket
 from dsmoe_compiler.ir import ops, reference
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse

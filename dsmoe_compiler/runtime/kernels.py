@@ -14,10 +14,11 @@ import triton
 
 from dsmoe_compiler.codegen import candidates, tuned
 from dsmoe_compiler.codegen.architecture import ARCHITECTURES
+from dsmoe_compiler.codegen.choice import Choice, choice_of
 from dsmoe_compiler.codegen.ffn import Unsupported
 from dsmoe_compiler.codegen.gpu import Gpu, for_target, of_device
 from dsmoe_compiler.codegen.load import load
-from dsmoe_compiler.codegen.lowering import Choice, choice_of, module_of
+from dsmoe_compiler.codegen.lowering import module_of
 from dsmoe_compiler.codegen.plan import bucket
 from dsmoe_compiler.codegen.record import Launch, launches
 from dsmoe_compiler.codegen.resources import Compiled, Resources, compile_launch, resources

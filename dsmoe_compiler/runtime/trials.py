@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from dsmoe_compiler.codegen.choice import Choice
 from dsmoe_compiler.codegen.gpu import Gpu, of_device
 from dsmoe_compiler.codegen.load import load
-from dsmoe_compiler.codegen.lowering import Choice, module_of
+from dsmoe_compiler.codegen.lowering import module_of
 from dsmoe_compiler.codegen.tiles import Problem
 from dsmoe_compiler.ir import reference
 from dsmoe_compiler.ir.errors import InputError

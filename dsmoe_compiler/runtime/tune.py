@@ -10,8 +10,8 @@ from itertools import chain
 import torch
 
 from dsmoe_compiler.codegen import candidates, tuned
+from dsmoe_compiler.codegen.choice import Choice, choice_of
 from dsmoe_compiler.codegen.gpu import Gpu
-from dsmoe_compiler.codegen.lowering import Choice, choice_of
 from dsmoe_compiler.codegen.plan import bucket, choose_shared
 from dsmoe_compiler.codegen.tiles import Decode, Grouped, Plan, Problem
 from dsmoe_compiler.ir.errors import InputError

@@ -15,10 +15,9 @@ import pytest
 import torch
 from click.testing import Result
 
-from dsmoe_compiler.codegen import lowering
+from dsmoe_compiler.codegen.choice import Choice
 from dsmoe_compiler.codegen.gpu import for_target
 from dsmoe_compiler.codegen.layer import Layer
-from dsmoe_compiler.codegen.lowering import Choice
 from dsmoe_compiler.codegen.tiles import Decode, Problem
 from dsmoe_compiler.runtime import trials, tune
 from dsmoe_compiler.runtime.fused_layers import FusedLayer
@@ -116,7 +115,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[int], bool], by: str
     made = count()
 
     def module_of(layer: Layer, choice: Choice) -> str:
-        text = lowering.module_of(layer, choice)
+        text = module_of(layer, choice)
         return text.replace("return out", f"return out {by}") if wrong(next(made)) else text
 
     monkeypatch.setattr(trials, "module_of", module_of)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from dsmoe_compiler.codegen.choice import Choice, choice_of
 from dsmoe_compiler.codegen.gpu import for_target
 from dsmoe_compiler.codegen.load import load
-from dsmoe_compiler.codegen.lowering import Choice, choice_of, module_of
+from dsmoe_compiler.codegen.lowering import module_of
 from dsmoe_compiler.codegen.record import launches
 from dsmoe_compiler.codegen.resources import Signature, signature
 from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsmoe_compiler.codegen.choice import Choice
 from dsmoe_compiler.codegen.gpu import for_target
 from dsmoe_compiler.codegen.load import load
-from dsmoe_compiler.codegen.lowering import Choice, module_of
+from dsmoe_compiler.codegen.lowering import module_of
 from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped, Plan
 from tests.codegen.interpreted import interpreter
 from tests.codegen.layers import LAYOUTS, MIDDLES, ROUTERS, Made, make

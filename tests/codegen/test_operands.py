@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dsmoe_compiler.codegen.choice import choice_of
 from dsmoe_compiler.codegen.ffn import Unsupported
 from dsmoe_compiler.codegen.gpu import for_target
 from dsmoe_compiler.codegen.layer import Layer
 from dsmoe_compiler.codegen.load import load
-from dsmoe_compiler.codegen.lowering import choice_of, module_of
+from dsmoe_compiler.codegen.lowering import module_of
 from dsmoe_compiler.codegen.operand import Operand
 from dsmoe_compiler.codegen.record import launches
 from tests.codegen.layers import Made, make
