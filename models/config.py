@@ -53,6 +53,8 @@ class DeepSeekMoEConfig(MoEConfig):
             raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_group={self.n_group} must divide n_routed_experts={self.n_routed_experts}")
+        if self.topk_method == "noaux_tc" and self.n_routed_experts < 2 * self.n_group:
+            raise ValueError(f"topk_method='noaux_tc' needs two experts a group, got n_group={self.n_group}")
         if self.topk_method == "greedy" and self.n_group != 1:
             raise ValueError(f"topk_method='greedy' has no groups, got n_group={self.n_group}")
         in_groups = self.n_routed_experts // self.n_group * self.topk_group

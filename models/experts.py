@@ -5,20 +5,13 @@ Shapes: T tokens, D model width, F expert hidden width, E experts, K experts per
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from dsmoe_compiler.models.stacked_experts import StackedExperts
 
 
-class RoutedExperts(nn.Module):
-    """E SwiGLU experts, each token through K of them.
-
-    Parameters: `gate_up_proj` (E, 2F, D), the gate's F rows first, and `down_proj` (E, D, F).
-    """
-
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.num_experts = num_experts
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+class RoutedExperts(StackedExperts):
+    """Stacked experts, each token through K of them, however many tokens choose the same."""
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Combine the chosen experts' answers.

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import textwrap
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import click
 
 from dsmoe_compiler.cli.stages import load_modules, stages
 from dsmoe_compiler.report.grid import Column, Grid, Row
+
+if TYPE_CHECKING:
+    from dsmoe_compiler.models.decoder_config import DecoderConfig
 
 INDENT = "    "
 
@@ -22,18 +26,19 @@ class Entry:
     description: str
     parameters: int
     activated: int
-    experts: int
-    experts_per_token: int
-    shared_experts: int
+    experts: int | None  # None, as the next two, where the model is dense
+    experts_per_token: int | None
+    shared_experts: int | None
     moe_layers: int
 
 
 @click.command("models")
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def models(as_json: bool) -> None:
-    """List the models of the zoo, smallest first.
+    """List the models of the zoo, family by family.
 
-    E experts are routed, K of them chosen for each token, S shared by all tokens.
+    E experts are routed, K of them chosen for each token, S shared by all tokens; a dense model has
+    none. Activated parameters are those that one token's way through the model uses.
 
     \b
     Example:
@@ -60,13 +65,20 @@ def _entries() -> list[Entry]:
                 preset.description,
                 count.total,
                 count.activated,
-                config.n_routed_experts,
-                config.num_experts_per_tok,
-                config.n_shared_experts,
+                *_experts(config),
                 config.num_moe_layers,
             )
         )
     return entries
+
+
+def _experts(config: DecoderConfig) -> tuple[int | None, int | None, int | None]:
+    """E, K and S; nothing of a dense model."""
+    from dsmoe_compiler.models.moe_config import MoEConfig
+
+    if not isinstance(config, MoEConfig):
+        return None, None, None
+    return config.n_routed_experts, config.num_experts_per_tok, config.n_shared_experts
 
 
 def _print(entries: list[Entry]) -> None:
@@ -79,9 +91,9 @@ def _print(entries: list[Entry]) -> None:
                 entry.name,
                 _count(entry.parameters),
                 _count(entry.activated),
-                str(entry.experts),
-                str(entry.experts_per_token),
-                str(entry.shared_experts),
+                _or_dash(entry.experts),
+                _or_dash(entry.experts_per_token),
+                _or_dash(entry.shared_experts),
                 str(entry.moe_layers),
             ),
             below=tuple(
@@ -93,6 +105,10 @@ def _print(entries: list[Entry]) -> None:
     print_grid(
         console(), Grid((Column("name"), *(Column(title, number=True) for title in numbers)), tuple(rows))
     )
+
+
+def _or_dash(number: int | None) -> str:
+    return "–" if number is None else str(number)
 
 
 def _count(parameters: int) -> str:

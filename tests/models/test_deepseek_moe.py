@@ -6,22 +6,28 @@ from growing: 4e-6 (measured: 2.5e-6). A wrong term changes the logits by far mo
 """
 
 import math
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsmoe_compiler.models.deepseek_moe import DeepSeekMoEForCausalLM, Gate, MoE
+from dsmoe_compiler.models.config import DeepSeekMoEConfig
+from dsmoe_compiler.models.decoder import CausalLM
+from dsmoe_compiler.models.deepseek_moe import MoE
+from dsmoe_compiler.models.presets.deepseek_moe import DEEPSEEK_MOE
 from dsmoe_compiler.models.random_weights import randomise
-from dsmoe_compiler.models.zoo import build, preset
+from dsmoe_compiler.models.softmax_gate import SoftmaxGate
+from dsmoe_compiler.models.zoo import build
 
 TOLERANCE = 1e-5
 Weights = dict[str, Tensor]
 
 
 @cache
-def tiny() -> DeepSeekMoEForCausalLM:
+def tiny() -> CausalLM[Any]:
     return build("deepseek-moe-tiny")
 
 
@@ -30,8 +36,12 @@ def tiny_weights() -> Weights:
     return {name: value.double() for name, value in tiny().state_dict().items()}
 
 
+def tiny_config() -> DeepSeekMoEConfig:
+    return DEEPSEEK_MOE["deepseek-moe-tiny"].config
+
+
 def tokens(batch: int, length: int) -> Tensor:
-    vocabulary = preset("deepseek-moe-tiny").config.vocab_size
+    vocabulary = tiny_config().vocab_size
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(batch))
 
 
@@ -52,7 +62,7 @@ def ffn(u: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def moe(u: Tensor, weights: Weights, at: str) -> Tensor:
     """Eq. 9-11 for one token, without the residual: Ks shared experts one by one, then the routed ones."""
-    config = preset("deepseek-moe-tiny").config
+    config = tiny_config()
     width, k_shared = config.moe_intermediate_size, config.n_shared_experts
     h = torch.zeros_like(u)
     for i in range(k_shared):
@@ -86,7 +96,7 @@ def rotated(head: Tensor, position: int) -> Tensor:
 
 def attention(u: Tensor, weights: Weights, at: str) -> Tensor:
     """u (L, D), every head and position by itself."""
-    heads = preset("deepseek-moe-tiny").config.num_attention_heads
+    heads = tiny_config().num_attention_heads
     q, k, v = ((u @ weights[f"{at}.{name}_proj.weight"].T).chunk(heads, dim=1) for name in "qkv")
     columns = []
     for head in range(heads):
@@ -102,7 +112,7 @@ def attention(u: Tensor, weights: Weights, at: str) -> Tensor:
 
 def language_model(ids: Tensor, weights: Weights) -> Tensor:
     """Logits (L, V) of one sequence (L,), eq. 1-2 layer by layer."""
-    config = preset("deepseek-moe-tiny").config
+    config = tiny_config()
     h = weights["model.embed_tokens.weight"][ids]
     for layer in range(config.num_hidden_layers):
         at = f"model.layers.{layer}"
@@ -140,29 +150,41 @@ def test_one_moe_layer_is_equation_9() -> None:
     torch.testing.assert_close(layer(x)[0].double(), expected, rtol=0, atol=TOLERANCE)
 
 
+def gate(num_experts: int, num_experts_per_tok: int) -> SoftmaxGate:
+    """V1's gate of tokens of width 2."""
+    config = replace(
+        tiny_config(),
+        hidden_size=2,
+        num_attention_heads=1,
+        n_routed_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+    )
+    return SoftmaxGate(config)
+
+
 def test_the_gate_neither_renormalises_nor_scales() -> None:
-    gate = Gate(num_experts=3, hidden_size=2, num_experts_per_tok=2)
+    small = gate(num_experts=3, num_experts_per_tok=2)
     with torch.no_grad():
-        gate.weight.copy_(torch.tensor([[0.0, 0.0], [math.log(2), 0.0], [0.0, math.log(5)]]))
-    ids, weights = gate(torch.tensor([[1.0, 1.0]]))
+        small.weight.copy_(torch.tensor([[0.0, 0.0], [math.log(2), 0.0], [0.0, math.log(5)]]))
+    ids, weights = small(torch.tensor([[1.0, 1.0]]))
     assert ids.tolist() == [[2, 1]]
     torch.testing.assert_close(weights, torch.tensor([[5 / 8, 2 / 8]]))
 
 
 def test_the_gate_scores_in_float32_where_bfloat16_would_tie() -> None:
-    gate = Gate(num_experts=2, hidden_size=2, num_experts_per_tok=1).bfloat16()
+    small = gate(num_experts=2, num_experts_per_tok=1).bfloat16()
     with torch.no_grad():
-        gate.weight.copy_(torch.tensor([[256.0, 0.0], [256.0, 0.5]]))  # 256.5 is 256 in bfloat16
-    ids, weights = gate(torch.ones(1, 2, dtype=torch.bfloat16))
+        small.weight.copy_(torch.tensor([[256.0, 0.0], [256.0, 0.5]]))  # 256.5 is 256 in bfloat16
+    ids, weights = small(torch.ones(1, 2, dtype=torch.bfloat16))
     assert ids.item() == 1
     assert weights.dtype == torch.float32
 
 
 @torch.no_grad()
 def test_equal_scores_still_choose_k_distinct_experts() -> None:
-    layer = MoE(preset("deepseek-moe-tiny").config)
+    layer = MoE(tiny_config())
     randomise(layer, seed=0)
-    layer.gate.weight.zero_()
+    layer.get_parameter("gate.weight").zero_()
     ids, weights = layer.gate(torch.randn(5, 96))
     assert all(len(set(row)) == 4 for row in ids.tolist())
     torch.testing.assert_close(weights, torch.full((5, 4), 1 / 16))

@@ -2,17 +2,20 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 
+from dsmoe_compiler.models.decoder import CausalLM
 from dsmoe_compiler.models.deepseek_moe import DeepSeekMoEForCausalLM
-from dsmoe_compiler.models.zoo import build, preset
+from dsmoe_compiler.models.presets.deepseek_moe import DEEPSEEK_MOE
+from dsmoe_compiler.models.zoo import build
 
 
-def export_dynamically(model: DeepSeekMoEForCausalLM, example: Tensor) -> ExportedProgram:
+def export_dynamically(model: CausalLM[Any], example: Tensor) -> ExportedProgram:
     # Oblivious to the example's sizes, or a 1 is baked in; without duck shapes, or B = L are one symbol.
     config = torch.fx.experimental._config
     with config.patch(backed_size_oblivious=True, use_duck_shape=False):  # type: ignore[attr-defined]
@@ -25,7 +28,7 @@ def export_dynamically(model: DeepSeekMoEForCausalLM, example: Tensor) -> Export
 
 
 @cache
-def tiny() -> DeepSeekMoEForCausalLM:
+def tiny() -> CausalLM[Any]:
     return build("deepseek-moe-tiny")
 
 
@@ -71,7 +74,7 @@ def test_other_dtypes_export(dtype: torch.dtype) -> None:
 
 
 def test_the_16b_exports_on_the_meta_device() -> None:
-    config = replace(preset("deepseek-moe-16b").config, num_hidden_layers=2)
+    config = replace(DEEPSEEK_MOE["deepseek-moe-16b"].config, num_hidden_layers=2)
     with torch.device("meta"):
         model = DeepSeekMoEForCausalLM(config).eval()
     program = export_dynamically(model, torch.zeros(2, 7, dtype=torch.int64, device="meta"))

@@ -1,0 +1,1 @@
+"""The sizes of the models one can name, a file for each family."""
