@@ -222,9 +222,9 @@ def test_a_transformers_folder_runs_as_its_example_says(folder: Path) -> None:
 
 def test_a_transformers_folder_that_is_damaged(folder: Path, api: FakeApi) -> None:
     (folder / "model.safetensors").write_bytes(b"nothing of the kind")
-    assert "hf:mixtral: its weights do not load" in wrong("compile", "hf:mixtral", "-o", "m.pt2")
+    assert "mixtral/model.safetensors: a header of" in wrong("compile", "hf:mixtral", "-o", "m.pt2")
     (folder / "config.json").write_text("{")
-    assert "transformers does not understand its config.json" in wrong("inspect", "hf:mixtral")
+    assert "mixtral/config.json: is not JSON" in wrong("inspect", "hf:mixtral")
     (folder / "config.json").write_text('{"model_type": "unheard_of"}')
     assert "transformers does not understand its config.json" in wrong("inspect", "hf:mixtral")
 
