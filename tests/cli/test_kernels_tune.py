@@ -18,6 +18,7 @@ from click.testing import Result
 from dsmoe_compiler.codegen.choice import Choice
 from dsmoe_compiler.codegen.gpu import for_target
 from dsmoe_compiler.codegen.layer import Layer
+from dsmoe_compiler.codegen.lowering import module_of
 from dsmoe_compiler.codegen.tiles import Decode, Problem
 from dsmoe_compiler.runtime import trials, tune
 from dsmoe_compiler.runtime.fused_layers import FusedLayer
@@ -114,11 +115,11 @@ def spoil(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[int], bool], by: str
     """Let the modules whose number is wrong return something else."""
     made = count()
 
-    def module_of(layer: Layer, choice: Choice) -> str:
+    def broken(layer: Layer, choice: Choice) -> str:
         text = module_of(layer, choice)
         return text.replace("return out", f"return out {by}") if wrong(next(made)) else text
 
-    monkeypatch.setattr(trials, "module_of", module_of)
+    monkeypatch.setattr(trials, "module_of", broken)
 
 
 def test_a_wrong_plan_cannot_win(gpu: Here, monkeypatch: pytest.MonkeyPatch) -> None:
