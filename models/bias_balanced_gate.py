@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_compiler.models.config import DeepSeekMoEConfig
-from dsmoe_compiler.models.group_limited_gate import left_out
+from dsmoe_compiler.models.group_limited_gate import grouped, in_best_groups
 from dsmoe_compiler.models.learned_gate import LearnedGate
 
 
@@ -41,6 +41,6 @@ class BiasBalancedGate(LearnedGate):
 
     def allowed(self, biased_TE: Tensor) -> Tensor:
         """The biased scores, -inf in the groups that are left out: they may be negative, 0 could win."""
-        biased_TGM = torch.unflatten(biased_TE, -1, (self.n_group, -1))
-        worth_TG = biased_TGM.topk(2, dim=-1).values.sum(dim=-1)
-        return biased_TGM.masked_fill(left_out(worth_TG, self.topk_group), float("-inf")).flatten(1)
+        group_scores_TG = grouped(biased_TE, self.n_group).topk(2, dim=-1).values.sum(dim=-1)
+        kept_TE = in_best_groups(biased_TE, group_scores_TG, self.topk_group)
+        return biased_TE.masked_fill(~kept_TE, float("-inf"))

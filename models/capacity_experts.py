@@ -20,7 +20,7 @@ class CapacityExperts(StackedExperts):
         x_GSD: any float dtype, also the result's. combine_GSEC: float32, a token's weight with an expert, at
         its place, and 0 elsewhere. Products with it are summed in the wider of the two dtypes.
         """
-        dispatch_GSEC = (combine_GSEC > 0).to(x_GSD.dtype)
+        dispatch_GSEC = (combine_GSEC != 0).to(x_GSD.dtype)
         x_EGCD = torch.einsum("gsec,gsd->egcd", dispatch_GSEC, x_GSD)
         gate_EGCF, up_EGCF = torch.einsum("egcd,efd->egcf", x_EGCD, self.gate_up_proj).chunk(2, dim=-1)
         y_GECD = torch.einsum("egcf,edf->gecd", F.silu(gate_EGCF) * up_EGCF, self.down_proj)

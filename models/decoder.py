@@ -69,20 +69,16 @@ class CausalLM(nn.Module, Generic[Config]):
         *,
         attention: Callable[[Config], nn.Module] = Attention,
         moe: Callable[[Config], nn.Module] | None = None,
-        layer: type[DecoderLayer] = DecoderLayer,
+        moe_layer: type[DecoderLayer] = DecoderLayer,
         rotary: Rotary | None = None,
     ) -> None:
-        """`moe` makes the feed-forwards that the configuration does not call dense."""
+        """`moe` makes the feed-forwards that the configuration says are mixtures, `moe_layer` their layers."""
         super().__init__()
         self.config = config
         layers = (
-            layer(
-                config,
-                attention(config),
-                moe(config)
-                if moe is not None and config.is_moe(index)
-                else FeedForward(config.hidden_size, config.intermediate_size),
-            )
+            moe_layer(config, attention(config), moe(config))
+            if moe is not None and config.is_moe(index)
+            else DecoderLayer(config, attention(config), dense(config))
             for index in range(config.num_hidden_layers)
         )
         self.model = Decoder(config, layers, rotary or Rotary(config.head_dim, config.rope_theta))
@@ -92,3 +88,8 @@ class CausalLM(nn.Module, Generic[Config]):
         """Next-token logits (B, L, V) from ids (B, L), int64 in [0, V); B and L may be 0."""
         logits_BLV: Tensor = self.lm_head(self.model(input_ids))
         return logits_BLV
+
+
+def dense(config: DecoderConfig) -> FeedForward:
+    """The feed-forward of a dense layer."""
+    return FeedForward(config.hidden_size, config.intermediate_size)

@@ -20,12 +20,21 @@ class GroupLimitedGate(SoftmaxGate):
 
     def allowed(self, scores_TE: Tensor) -> Tensor:
         """The scores, 0 in the groups that are left out."""
-        scores_TGM = torch.unflatten(scores_TE, -1, (self.n_group, -1))
-        return scores_TGM.masked_fill(left_out(scores_TGM.amax(dim=-1), self.topk_group), 0.0).flatten(1)
+        group_scores_TG = grouped(scores_TE, self.n_group).amax(dim=-1)
+        return scores_TE.masked_fill(~in_best_groups(scores_TE, group_scores_TG, self.topk_group), 0.0)
 
 
-def left_out(group_scores_TG: Tensor, topk_group: int) -> Tensor:
-    """Which groups are not among each token's best, (T, G, 1), bool."""
+def grouped(scores_TE: Tensor, n_group: int) -> Tensor:
+    """The scores group by group, (T, G, M)."""
+    tokens, experts = scores_TE.shape
+    return scores_TE.view(tokens, n_group, experts // n_group)
+
+
+def in_best_groups(scores_TE: Tensor, group_scores_TG: Tensor, topk_group: int) -> Tensor:
+    """Which experts are in each token's best groups, (T, E), bool."""
+    tokens, experts = scores_TE.shape
+    groups = group_scores_TG.shape[1]
     best = group_scores_TG.topk(topk_group, dim=-1).indices
     kept_TG = torch.zeros_like(group_scores_TG).scatter(1, best, 1.0)
-    return (kept_TG == 0).unsqueeze(-1)
+    kept_TGM = kept_TG.unsqueeze(-1).expand(tokens, groups, experts // groups)
+    return kept_TGM.reshape(tokens, experts).bool()

@@ -35,7 +35,7 @@ class Top2Gate(LearnedGate):
         best_GS2, ids_GS2 = self.logits(x_GSD).softmax(dim=-1).topk(2, dim=-1)
         # Normalised before anybody is dropped: what a dropped choice weighed is lost.
         weight1_GS, weight2_GS = (best_GS2 / best_GS2.sum(dim=-1, keepdim=True)).unbind(dim=-1)
-        chosen1_GSE, chosen2_GSE = F.one_hot(ids_GS2, self.num_experts).unbind(dim=2)
+        chosen1_GSE, chosen2_GSE = (F.one_hot(ids_GS, self.num_experts) for ids_GS in ids_GS2.unbind(dim=-1))
         queue1_GSE = places(chosen1_GSE)
         queue2_GSE = places(chosen2_GSE) + chosen1_GSE.sum(dim=1, keepdim=True)
         if self.training:

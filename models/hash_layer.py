@@ -58,4 +58,4 @@ class HashLayerForCausalLM(CausalLM[HashLayerConfig]):
     """A decoder whose mixtures of experts are Hash Layer's, their experts SwiGLU as DeepSeekMoE's."""
 
     def __init__(self, config: HashLayerConfig) -> None:
-        super().__init__(config, moe=HashMoE, layer=HashDecoderLayer)
+        super().__init__(config, moe=HashMoE, moe_layer=HashDecoderLayer)
