@@ -72,7 +72,7 @@ class CausalLM(nn.Module, Generic[Config]):
         moe_layer: type[DecoderLayer] = DecoderLayer,
         rotary: Rotary | None = None,
     ) -> None:
-        """`moe` makes the feed-forwards that the configuration says are mixtures, `moe_layer` their layers."""
+        """`moe` makes what the configuration says are mixtures of experts, `moe_layer` their layers."""
         super().__init__()
         self.config = config
         layers = (
