@@ -41,15 +41,16 @@ class _Family:
     def __str__(self) -> str:
         if self.place is None:
             return ".".join(self.first)
-        return ".".join([*self.first[: self.place], _ranges(self.numbers), *self.first[self.place + 1 :]])
+        numbers = "{" + ranges(self.numbers) + "}"
+        return ".".join([*self.first[: self.place], numbers, *self.first[self.place + 1 :]])
 
 
-def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers with their runs joined: [1, 2, 3, 7] is {1-3,7}."""
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers with their runs joined: 1, 2, 3, 7 are 1-3,7."""
     runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1] = (runs[-1][0], number)
         else:
             runs.append((number, number))
-    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
