@@ -147,4 +147,4 @@ def _refusal(step: Pass, change: Replacement, verdict: Verdict) -> Refusal:
 def _layer_report(facts: LayerFacts, said: Sequence[Remark]) -> LayerReport:
     left = tuple(Left(r.text, r.refusal) for r in said if r.layer == facts.name)
     what = (facts.name, facts.idiom, facts.fused, facts.spec, facts.refusal, facts.source, facts.remarks)
-    return LayerReport(*what, facts.explanation, left)
+    return LayerReport(*what, facts.explanation, left, facts.op)

@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -24,9 +25,11 @@ from dsmoe_compiler.atomic import written_whole
 from dsmoe_compiler.inputs import CallSignature, Inputs
 from dsmoe_compiler.interrupt import Deferred
 from dsmoe_compiler.ir.errors import LoadError
+from dsmoe_compiler.load_counter import CountedRun, LoadCounter, counted_layers, uncounted
 from dsmoe_compiler.outputs import Structure
 from dsmoe_compiler.quiet import silenced
 from dsmoe_compiler.report.report import Report
+from dsmoe_compiler.runtime.counting_form import counting_form
 from dsmoe_compiler.runtime.lower import Backend, choose, lower
 from dsmoe_compiler.runtime.straight_line import straight_line
 from dsmoe_compiler.storages import Plan, content, memory, plain
@@ -35,6 +38,7 @@ from dsmoe_compiler.turns import TURN, turn
 _TRACES = ("stack_trace", "source_fn_stack", "torch_fn")
 _STATE, _CONSTANTS = "state:", "constant:"  # before a tensor's name, by where the program keeps it
 _Built = TypeVar("_Built")
+_SWAP = Lock()  # held while a program begins or ends to be counted
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,38 @@ class Program:
     def with_report(self, report: Report) -> Program:
         """The same program telling another story; what was lowered stays lowered."""
         changed = replace(self, report=report)
-        changed.__dict__.update(
-            {k: v for k, v in self.__dict__.items() if k in ("_module", "_function", "inputs")}
-        )
+        changed.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("_module", "inputs")})
+        if "_function" in self.__dict__:
+            changed.__dict__["_function"] = uncounted(self._run)
         return changed
+
+    @contextmanager
+    def count_load(self) -> Iterator[LoadCounter]:
+        """While open, count how many tokens this program's calls give each expert of each fused layer.
+
+        Calls count that begin and return meanwhile, in any thread; one that raises does not. Several may be
+        open at once. Their outputs are the same, bit for bit. Where nothing is counted this costs nothing.
+
+            with program.count_load() as load:
+                program(input_ids)
+            load.save("load.json")
+            print(load)
+
+        Raises InputError for a program that was saved before its layers could be counted.
+        """
+        counter = LoadCounter(self.report)
+        counted = self._built("_counted", self._counted_run)
+        try:
+            with Deferred(), _SWAP:
+                self.__dict__["_function"] = counted.opened(counter)
+            yield counter
+        finally:
+            with Deferred(), _SWAP:
+                self.__dict__["_function"] = counted.closed(counter)
+
+    def _counted_run(self) -> CountedRun:
+        names = [layer.op for layer in counted_layers(self.report)]
+        return CountedRun(uncounted(self._run), counting_form(self.module, self.exported, names))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file, all or nothing. Raises InputError when the place cannot be

@@ -29,8 +29,9 @@ class LayerReport:
 
     `name` is the module path, `idiom` the spelling it was found in, `source` the model's own "file.py:123".
     `fused` is true when the experts became one op; `spec` then says what it is, with `spec.router` None where
-    the router stayed as written (`left` says why). Otherwise `refusal` says why not. `explanation` is how far
-    its values were understood, None where they were not looked at.
+    the router stayed as written (`left` says why), and `op` names the op in the program's graph. Otherwise
+    `refusal` says why not. `explanation` is how far its values were understood, None where they were not
+    looked at.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LayerReport:
     remarks: tuple[str, ...] = ()
     explanation: Explanation | None = None
     left: tuple[Left, ...] = ()
+    op: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dsmoe_compiler.runtime.triton_here import unavailable
 
 Backend = Literal["auto", "cpu", "triton", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "triton", "reference")
+OP = "dsmoe_op"  # in the metadata of a lowered node: the name of the op that it runs
 
 
 def choose(backend: str, exported: ExportedProgram) -> Backend:
@@ -57,6 +58,7 @@ def lower(exported: ExportedProgram, backend: Backend) -> GraphModule:
         module.add_submodule(name, made[node.target](spec))
         with module.graph.inserting_before(node):
             lowered = module.graph.call_module(name, tuple(operands))
+        lowered.meta[OP] = node.name
         node.replace_all_uses_with(lowered)
         module.graph.erase_node(node)
     module.recompile()
