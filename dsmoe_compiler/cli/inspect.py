@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dsmoe_compiler.cli.input_option import ExampleInput, input_option
+from dsmoe_compiler.cli.inspect_load import inspect_load
 from dsmoe_compiler.cli.model_argument import is_saved_program, resolve
 from dsmoe_compiler.cli.model_report import model_report
 from dsmoe_compiler.cli.stages import Stage, load_modules, stages
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect", short_help="Show each MoE layer of MODEL, without compiling it.")
-@click.argument("text", metavar="MODEL")
+@click.argument("text", metavar="MODEL", required=False)
 @input_option
 @click.option(
     "--graph",
@@ -33,14 +34,28 @@ if TYPE_CHECKING:
     help="Which layer: its name, or its number from 0. Without --graph its text is printed. Default for "
     "--graph: the first fused one.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option(
+    "--load",
+    "loads",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Show how many tokens each expert was given, as counted in Python by program.count_load(); with "
+    "MODEL, check that its layers are those. Repeat it to add loads up.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report, the load or both as JSON.")
 def inspect_model(
-    text: str, inputs: tuple[ExampleInput, ...], graph: Path | None, wanted: str | None, as_json: bool
+    text: str | None,
+    inputs: tuple[ExampleInput, ...],
+    graph: Path | None,
+    wanted: str | None,
+    loads: tuple[Path, ...],
+    as_json: bool,
 ) -> None:
     """Show each MoE layer of MODEL: its spec, or why it was not understood.
 
     Models of the zoo and of hf: are built without weights, so that any size fits. Of a .pt2 file the
-    report it was saved with is shown.
+    report it was saved with is shown. --load needs no MODEL.
 
     \b
     Examples:
@@ -50,7 +65,14 @@ def inspect_model(
       dsmoe inspect tiny.pt2 --json
       dsmoe inspect deepseek-moe-16b --layer model.layers.3.mlp
       dsmoe inspect deepseek-moe-16b --graph layer.html
+      dsmoe inspect --load load.json
     """
+    if loads:
+        _require_alone(text, inputs, graph, wanted)
+        inspect_load(loads, text, inputs, as_json)
+        return
+    if text is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
     if wanted is not None and graph is None and as_json:
         raise click.UsageError("--layer prints text: leave out --json, or draw the layer with --graph.")
     if graph is not None:
@@ -75,6 +97,16 @@ def inspect_model(
     _print(report, as_json)
     if anatomy is not None:
         click.echo(f"drew {anatomy.report.name or anatomy.model} into {graph}", err=as_json)
+
+
+def _require_alone(
+    text: str | None, inputs: tuple[ExampleInput, ...], graph: Path | None, wanted: str | None
+) -> None:
+    """Raise UsageError where --load meets what has no meaning beside it."""
+    if graph is not None or wanted is not None:
+        raise click.UsageError("--load shows all layers: leave out --graph and --layer.")
+    if inputs and text is None:
+        raise click.UsageError("--input is for MODEL, and there is none.")
 
 
 def _print(report: Report, as_json: bool) -> None:
