@@ -65,11 +65,13 @@ def test_inspect_needs_no_weights_and_compile_has_them(api: FakeApi, here: Path)
 def test_models_lists_the_zoo() -> None:
     result = run("models")
     assert result.exit_code == 0
-    lines = result.stdout.splitlines()
-    listed = [line.split()[0] for line in lines if line.startswith("deepseek")]
-    assert listed == list(zoo.ZOO)
+    heading, *lines = result.stdout.splitlines()
+    listed = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert heading.startswith("name") and listed == list(zoo.ZOO)
     (line,) = (line for line in lines if line.startswith("deepseek-moe-16b"))
     assert line.split()[1:] == ["16.4", "B", "2.8", "B", "64", "6", "2", "27"]
+    (dense,) = (line for line in lines if line.startswith("deepseek-67b"))
+    assert dense.split()[1:] == ["67.4", "B", "67.4", "B", "–", "–", "–", "0"]
     assert max(map(len, lines)) <= 80
 
 
@@ -79,6 +81,8 @@ def test_models_as_json() -> None:
     assert largest["parameters"] == zoo.parameter_count("deepseek-moe-145b").total
     assert (largest["experts"], largest["experts_per_token"], largest["shared_experts"]) == (128, 12, 4)
     assert largest["moe_layers"] == 61
+    dense = records["llama2-7b"]
+    assert (dense["experts"], dense["experts_per_token"], dense["shared_experts"]) == (None, None, None)
 
 
 @pytest.fixture
