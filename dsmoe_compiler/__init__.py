@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dsmoe_compiler.api import compile, inspect
+    from dsmoe_compiler.api import compile, cost, inspect
+    from dsmoe_compiler.cost_model.cost import Cost
     from dsmoe_compiler.ir.errors import (
         CaptureError,
         DsmoeError,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("compile", "inspect"),
+    "api": ("compile", "cost", "inspect"),
+    "cost_model.cost": ("Cost",),
     "ir.errors": (
         "CaptureError",
         "DsmoeError",
@@ -47,6 +49,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CaptureError",
+    "Cost",
     "DsmoeError",
     "ExpertsSpec",
     "InputError",
@@ -62,6 +65,7 @@ __all__ = [
     "ShapeError",
     "SharedSpec",
     "compile",
+    "cost",
     "inspect",
     "load",
 ]

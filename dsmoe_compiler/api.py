@@ -16,6 +16,7 @@ from torch.fx import Node
 from dsmoe_compiler import pipeline as passes
 from dsmoe_compiler.capture import Captured, CaptureMode
 from dsmoe_compiler.capture import capture as capture_model
+from dsmoe_compiler.cost_model.cost import USUAL_GPU, Cost, cost_of
 from dsmoe_compiler.functions import as_module
 from dsmoe_compiler.instrument import Instrument
 from dsmoe_compiler.interrupt import Deferred, forwards, poll
@@ -109,6 +110,41 @@ def inspect(
         progress=progress,
         instruments=instruments,
     ).report
+
+
+def cost(
+    model: Model | Program,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch: int = 1,
+    seq: int | None = None,
+    gpu: str = USUAL_GPU,
+    dynamic_shapes: Any = "auto",
+    capture: CaptureMode = "auto",
+    progress: Progress | None = None,
+) -> Cost:
+    """What a forward of `batch` sequences of `seq` tokens takes: parameters, FLOPs, bytes of weights, and the
+    least time on a GPU of the catalogue. Nothing is run, so the model may live on the meta device.
+
+    `seq` None is 4096, or the most the model takes. Other arguments and errors as for `compile`; of a
+    compiled program its own graph is counted, and arguments are not needed. Raises InputError also where the
+    model takes no such sizes.
+    """
+    if isinstance(model, Program):
+        return cost_of(ProgramGraph(model.exported), model.report, batch=batch, seq=seq, gpu=gpu)
+    done = optimize(
+        model,
+        args,
+        kwargs,
+        dynamic_shapes=dynamic_shapes,
+        capture=capture,
+        verify="off",
+        progress=progress,
+    )
+    if progress:
+        progress("count")
+    return cost_of(done.graph, done.report, batch=batch, seq=seq, gpu=gpu)
 
 
 @dataclass(frozen=True)

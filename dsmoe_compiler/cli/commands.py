@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from dsmoe_compiler.cli.compile import compile_model
+from dsmoe_compiler.cli.cost import cost
 from dsmoe_compiler.cli.demo import demo
 from dsmoe_compiler.cli.exit_status import OneLineErrors
 from dsmoe_compiler.cli.explain import explain
@@ -17,7 +18,7 @@ from dsmoe_compiler.cli.opt import opt
 @click.group(
     "dsmoe",
     cls=OneLineErrors,
-    commands=[inspect_model, explain, compile_model, opt, kernels, models, demo],
+    commands=[inspect_model, explain, compile_model, opt, kernels, cost, models, demo],
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
