@@ -45,6 +45,7 @@ def route_constants(
         "TOP_GROUPS": spec.top_groups,
         "GROUP_TOP2": spec.group_score == "top2",
         "GROUP_FILL": torch.tensor(spec.group_fill, dtype=getattr(torch, ranked)).item(),
+        "WEIGH_SCORES": spec.weigh == "scores" and (spec.selection_bias or spec.groups > 1),
         "RENORMALIZE": spec.renormalize,
         "EPSILON": spec.epsilon,
         "SCALE": spec.scale,

@@ -119,6 +119,9 @@ class _Reading:
         if weights.target in (aten.softmax.int, aten.sigmoid.default, aten._softmax.default):
             return self._after_top_k(weights, top, ranked, k, scale, renormalize, epsilon, weight_dtype)
         scores = self._selected_scores(weights, ids, top)
+        weigh: Literal["scores", "ranked"] = "scores"
+        if scores is ranked and self._fills(ranked):
+            scores, weigh = through(_node(through(ranked, RESHAPES).args[0]), RESHAPES), "ranked"
         if not same_size(shape(ranked)[-1], shape(scores)[-1]):
             raise _Unknown("R204", "top-k does not rank all the experts of a token together", top)
         ranked, groups = self._ungroup(ranked, scores)
@@ -139,6 +142,7 @@ class _Reading:
             logits_dtype=logits_dtype,
             score_dtype=score_dtype,
             weight_dtype=weight_dtype,
+            weigh=weigh,
             **groups,
         )
         return _Router(spec, weight, logits_bias, bias)
@@ -232,11 +236,14 @@ class _Reading:
             "R201", f"the weights come from {weights.target}, not from the selected scores", weights
         )
 
+    def _fills(self, ranked: Node) -> bool:
+        return through(ranked, RESHAPES).target is aten.masked_fill.Scalar
+
     def _ungroup(self, ranked: Node, scores: Node) -> tuple[Node, dict[str, Any]]:
         """masked_fill(ranked, outside the best groups, fill): ranked, and which groups are kept."""
         experts = shape(ranked)[-1]
         ranked = through(ranked, RESHAPES)
-        if ranked is through(scores, RESHAPES) or ranked.target is not aten.masked_fill.Scalar:
+        if ranked is through(scores, RESHAPES) or not self._fills(ranked):
             return ranked, {}
         inner, mask, fill = through(_node(ranked.args[0]), RESHAPES), _node(ranked.args[1]), ranked.args[2]
         assert isinstance(fill, (int, float)) and isinstance(experts, int), ranked
@@ -263,7 +270,8 @@ class _Reading:
             if not isinstance(below, Node) or not is_tensor(below):
                 break
             sizes, under = shape(node), shape(below)
-            if node.target in (aten.bitwise_not.default, aten.logical_not.default):
+            complement = node.target is aten.eq.Scalar and node.args[1] == 0
+            if complement or node.target in (aten.bitwise_not.default, aten.logical_not.default):
                 negated = not negated
             elif node.target is aten.unsqueeze.default:
                 if widened or argument(node, "dim") not in (-1, len(under)):

@@ -27,6 +27,7 @@ from dsmoe_compiler.ir.graph import (
     erase_dead,
     is_tensor,
     mutated_argument,
+    shape,
     value,
 )
 from dsmoe_compiler.ir.passes import PassLog
@@ -65,6 +66,7 @@ class Normalize:
         changed = _drop_metadata_assertions(graph)
         changed += _pin_sizes(graph)
         changed += _make_functional(graph)
+        changed += _reshape(graph)
         changed += _drop_copies(graph)
         changed += _merge_equal(graph)
         erase_dead(graph.graph)
@@ -171,6 +173,18 @@ def _promoted(twin: torch._ops.OpOverload, node: Node) -> torch.dtype:
         if isinstance(other, Node) and is_tensor(other):
             found = torch.promote_types(found, torch.result_type(value(node), value(other)))
     return found  # type: ignore[no-any-return]
+
+
+def _reshape(graph: ProgramGraph) -> int:
+    """unflatten(x, dim, sizes) is a reshape, where no more than one size varies."""
+    changed = 0
+    for node in [n for n in graph.nodes if n.target is aten.unflatten.int]:
+        sizes = [size if isinstance(size, int) else -1 for size in shape(node)]
+        if sizes.count(-1) > 1 or 0 in sizes:
+            continue
+        node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], sizes), {}
+        changed += 1
+    return changed
 
 
 def _drop_copies(graph: ProgramGraph) -> int:

@@ -51,6 +51,7 @@ def route(
     TOP_GROUPS: tl.constexpr,
     GROUP_TOP2: tl.constexpr,  # a group's score is the sum of its two best, else its best
     GROUP_FILL: tl.constexpr,
+    WEIGH_SCORES: tl.constexpr,  # not what is ranked, where the two differ
     RENORMALIZE: tl.constexpr,
     EPSILON: tl.constexpr,
     SCALE: tl.constexpr,
@@ -160,6 +161,7 @@ def route(
         TOP_GROUPS=TOP_GROUPS,
         GROUP_TOP2=GROUP_TOP2,
         GROUP_FILL=GROUP_FILL,
+        WEIGH_SCORES=WEIGH_SCORES,
         RENORMALIZE=RENORMALIZE,
         EPSILON=EPSILON,
         SCALE=SCALE,
@@ -290,6 +292,7 @@ def select(
     TOP_GROUPS: tl.constexpr,
     GROUP_TOP2: tl.constexpr,
     GROUP_FILL: tl.constexpr,
+    WEIGH_SCORES: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     EPSILON: tl.constexpr,
     SCALE: tl.constexpr,
@@ -339,8 +342,7 @@ def select(
     for k in range(K):
         best, best_in = tl.max(rank, axis=1, return_indices=True)
         chosen = column[None, :] == best_in[:, None]
-        if SELECTION_BIAS or GROUPS > 1:
-            # What ranks is not what weighs.
+        if WEIGH_SCORES:
             weight = tl.sum(tl.where(chosen, score, 0.0), axis=1)
         else:
             weight = value_of(best)

@@ -209,8 +209,9 @@ def route(logits_TE: Tensor, selection_bias: Tensor | None, spec: RouterSpec) ->
     else:
         scores_TE = _score(logits_TE, spec)
         ranked_TE = scores_TE if selection_bias is None else scores_TE + selection_bias
-        ids_TK = _limit_to_groups(ranked_TE, spec).topk(spec.top_k, dim=-1).indices
-        weights_TK = scores_TE.gather(-1, ids_TK)
+        weights_TK, ids_TK = _limit_to_groups(ranked_TE, spec).topk(spec.top_k, dim=-1)
+        if spec.weigh == "scores":
+            weights_TK = scores_TE.gather(-1, ids_TK)
     if spec.renormalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + spec.epsilon)
     if spec.scale != 1.0:

@@ -99,7 +99,8 @@ class RouterSpec:
     selected logits after it (`select="logits"`). Selection may add a bias that does not weigh
     (`selection_bias`, DeepSeek-V3 eq. 16) and keep only the best `top_groups` of `groups` groups, each group
     scored by its best or its two best experts, rejected experts' scores replaced by `group_fill`. Weights are
-    the selected (unbiased) scores, divided by their sum + `epsilon` when `renormalize`, times `scale`, cast
+    the selected (unbiased) scores, or what top-k ranked (`weigh="ranked"`: a rejected expert that is chosen
+    all the same weighs `group_fill`, DeepSeek-V2 §2.2), divided by their sum + `epsilon` when `renormalize`, times `scale`, cast
     to `weight_dtype`. `logits_dtype` is the dtype x and the router's weight are cast to before the product,
     `score_dtype` that of the scores; None: as they come.
     """
@@ -116,6 +117,7 @@ class RouterSpec:
     top_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
     group_fill: float = 0.0
+    weigh: Literal["scores", "ranked"] = "scores"
     logits_dtype: str | None = None
     score_dtype: str | None = None
     weight_dtype: str | None = None
@@ -127,6 +129,8 @@ class RouterSpec:
             raise ValueError(f"router keeps {self.top_groups} of {self.groups} groups")
         if self.select == "logits" and (self.selection_bias or self.groups > 1):
             raise ValueError("a router that scores after top-k has neither selection bias nor groups")
+        if self.weigh == "ranked" and (self.selection_bias or self.groups == 1):
+            raise ValueError("what is ranked weighs: scores of groups, without a bias that only selects")
 
     def __str__(self) -> str:
         order = (

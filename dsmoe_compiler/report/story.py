@@ -104,7 +104,7 @@ def _router(spec: MoESpec) -> str:
 def _short_router(spec: MoESpec) -> str:
     if spec.router is None:
         return _router(spec)
-    return str(replace(spec.router, renormalize=False, scale=1.0, groups=1, top_groups=1))
+    return str(replace(spec.router, renormalize=False, scale=1.0, groups=1, top_groups=1, weigh="scores"))
 
 
 def _experts(spec: MoESpec) -> str:

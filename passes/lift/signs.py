@@ -39,6 +39,7 @@ _OF_FIRST = frozenset(
         ),
     )
 )
+_PARTS = frozenset({"aten::unbind", "aten::chunk", "aten::split"})  # each of several like the whole
 _OF_BOTH = frozenset({"aten::mul", "aten::div", "aten::add", "aten::minimum"})
 
 
@@ -54,7 +55,8 @@ def never_below_zero(node: object) -> bool:
     if name in _NEVER:
         return True
     if name == "getitem":
-        return bool(node.args[1] == 0) and never_below_zero(node.args[0])
+        several = isinstance(node.args[0], Node) and operator_name(node.args[0]) in _PARTS
+        return (several or bool(node.args[1] == 0)) and never_below_zero(node.args[0])
     if name in ("aten::clamp", "aten::clamp_min"):
         low, high = argument(node, "min"), argument(node, "max")
         if high is not None and not never_below_zero(high):

@@ -19,7 +19,10 @@ FP32, FP16 = torch.float32, torch.float16
 
 GREEDY = RouterSpec(2, "softmax")
 MIXTRAL = RouterSpec(2, "softmax", score_dtype="float32", renormalize=True, weight_dtype="float16")
-DEEPSEEK_V2 = RouterSpec(6, "softmax", groups=4, top_groups=2, scale=16.0, logits_dtype="float32")
+DEEPSEEK_V2 = RouterSpec(
+    6, "softmax", groups=4, top_groups=2, weigh="ranked", scale=16.0, logits_dtype="float32"
+)
+DEEPSEEK_V2_LATER = replace(DEEPSEEK_V2, group_fill=float("-inf"), weigh="scores")
 DEEPSEEK_V3 = RouterSpec(
     8,
     "sigmoid",
@@ -159,7 +162,14 @@ def split_blocks(tokens: int, experts: int) -> RouteTiles:
         (replace(GREEDY, top_k=8), 64, 60, 50, FP16, split_blocks(16, 32)),
         (DEEPSEEK_V2, 2, 60, 72, FP32, few(2, 8)),
         (replace(DEEPSEEK_V2, groups=3, top_groups=1), 130, 60, 33, FP16, blocks(32)),
-        (replace(DEEPSEEK_V2, group_fill=float("-inf")), 64, 64, 40, FP32, split_blocks(32, 16)),
+        (
+            replace(DEEPSEEK_V2, group_fill=float("-inf"), weigh="scores"),
+            64,
+            64,
+            40,
+            FP32,
+            split_blocks(32, 16),
+        ),
         (DEEPSEEK_V3, 1, 256, 72, FP16, few(1, 2)),
         (DEEPSEEK_V3, 64, 256, 40, FP32, blocks(32)),
         (replace(DEEPSEEK_V3, top_groups=8, logits_dtype=None), 130, 512, 24, FP32, split_blocks(64, 128)),
@@ -190,6 +200,19 @@ def first_choices(
     assert torch.equal(by_few, routed(spec, x, router, blocks(16))[1])
     assert torch.equal(by_few.long(), expected(spec, reference.router_logits(x, router, spec), router)[1])
     return list(by_few[0].tolist())
+
+
+def test_a_rejected_expert_that_is_chosen_all_the_same() -> None:
+    """Of the groups that are kept two experts score 0, as do then those of the group that is not, which is
+    the first.
+    """
+    x, router = torch.ones(1, 1), [torch.tensor([[-0.5, -200, 0, -200, 0, -200]]).T.contiguous()]
+    spec = RouterSpec(3, "softmax", groups=3, top_groups=2, weigh="ranked")
+    for weigh, rejected in (("ranked", 0.0), ("scores", router[0].softmax(0)[0].item())):
+        weights, ids = routed(replace(spec, weigh=weigh), x, router, few(1, 2))  # type: ignore[arg-type]
+        assert ids.tolist() == [[2, 4, 0]]
+        assert weights[0, 2].item() == pytest.approx(rejected, rel=1e-6)
+        check(replace(spec, weigh=weigh), x, router, blocks(16))  # type: ignore[arg-type]
 
 
 def test_what_rounds_to_the_same_is_a_tie() -> None:

@@ -159,6 +159,21 @@ def top2_in_floats(layer: Layer, x: Tensor) -> Tensor:
     return torch.einsum("tec,ecd->td", combine, rows)
 
 
+def positive_by_parts(layer: Layer, x: Tensor) -> Tensor:
+    """Weights are taken apart slot by slot; who weighs anything is dispatched."""
+    best, ids = layer.scores(x).topk(2)
+    first, second = (F.one_hot(own, EXPERTS).float() for own in ids.unbind(-1))
+    own1, own2 = first.cumsum(0) - first, second.cumsum(0) - second + first.sum(0, keepdim=True)
+    first, second = first * (own1 < CAPACITY), second * (own2 < CAPACITY)
+    combine = torch.zeros(())
+    weights = (best / best.sum(-1, keepdim=True)).unbind(-1)
+    for weight, mask, own in zip(weights, (first, second), (own1, own2), strict=True):
+        weighed = weight[:, None, None] * mask[..., None]
+        combine = combine + weighed * _hot((own * mask).sum(-1).long())[:, None, :]
+    rows = torch.einsum("tec,td->ecd", (combine > 0).float(), x)
+    return torch.einsum("tec,ecd->td", combine, layer.stacked(rows))
+
+
 def flattened(layer: Layer, x: Tensor) -> Tensor:
     """One-hots by broadcasting, the slots of all experts as one dimension of two matrix products."""
     weights, ids = layer.top2(x)
@@ -261,6 +276,7 @@ SPELLINGS: list[Dispatched] = [
     top1_of_scores,
     top2_by_two,
     top2_in_floats,
+    positive_by_parts,
     flattened,
     places_gathered,
     second_if_worth_it,

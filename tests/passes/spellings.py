@@ -388,6 +388,14 @@ def _grouped(
     return run
 
 
+def _filled_weigh(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V2: a rejected expert that is chosen all the same weighs 0, not its score."""
+    scores = torch.unflatten(router.logits(x).softmax(-1), -1, (2, router.count // 2))
+    kept = torch.zeros(x.shape[0], 2).scatter(1, scores.amax(-1).topk(1, dim=-1).indices, 1)
+    weights, ids = scores.masked_fill((kept == 0).unsqueeze(-1), 0.0).flatten(1).topk(router.top_k, dim=-1)
+    return weights * 16, ids
+
+
 def _tanh(router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     weights, ids = router.logits(x).tanh().topk(router.top_k, dim=-1)
     return weights, ids
@@ -405,6 +413,7 @@ IN_GROUPS: tuple[Route, ...] = (
     Route("in groups, top two", _grouped(lambda g: g.topk(2, dim=-1)[0].sum(dim=-1), 0.0), groups=2),
     Route("in groups, max", _grouped(lambda g: g.amax(dim=-1), float("-inf")), groups=2),
     Route("in groups, max with indices", _grouped(lambda g: g.max(dim=-1).values, 0.0), groups=2),
+    Route("in groups, what is ranked weighs", _filled_weigh, groups=2),
 )
 UNKNOWN: tuple[Route, ...] = (
     Route("tanh→top-k", _tanh, fused=False),
