@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+_MOST_DIGITS = 30
+
 
 def parse_object(text: bytes) -> dict[str, object]:
     """The object that UTF-8 text holds. Raises ValueError, its message one phrase, for anything else."""
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=_each_once)
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=_each_once, parse_int=_integer)
     except UnicodeDecodeError as e:
         raise ValueError(f"is not UTF-8 (byte {e.start})") from e
     except json.JSONDecodeError as e:
@@ -18,6 +20,13 @@ def parse_object(text: bytes) -> dict[str, object]:
     if not isinstance(found, dict):
         raise ValueError("is not a JSON object")
     return found
+
+
+def _integer(digits: str) -> int:
+    """No offset has more digits than this, and Python's own limit says so in other words."""
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"has a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
