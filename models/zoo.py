@@ -16,16 +16,26 @@ from dsmoe_compiler.models.dense import DenseForCausalLM
 from dsmoe_compiler.models.gshard import GShardForCausalLM
 from dsmoe_compiler.models.hash_layer import HashLayerForCausalLM
 from dsmoe_compiler.models.parameter_count import ParameterCount, count_parameters
-from dsmoe_compiler.models.presets.baselines import BASELINES
 from dsmoe_compiler.models.presets.deepseek_moe import DEEPSEEK_MOE
 from dsmoe_compiler.models.presets.deepseek_v2 import DEEPSEEK_V2
 from dsmoe_compiler.models.presets.deepseek_v3 import DEEPSEEK_V3
 from dsmoe_compiler.models.presets.dense import DENSE
+from dsmoe_compiler.models.presets.gshard import GSHARD
+from dsmoe_compiler.models.presets.hash_layer import HASH_LAYER
 from dsmoe_compiler.models.presets.preset import Preset
+from dsmoe_compiler.models.presets.switch import SWITCH
 from dsmoe_compiler.models.random_weights import randomise
 from dsmoe_compiler.models.switch import SwitchForCausalLM
 
-ZOO: dict[str, Preset[DecoderConfig]] = {**DEEPSEEK_MOE, **DEEPSEEK_V2, **DEEPSEEK_V3, **BASELINES, **DENSE}
+ZOO: dict[str, Preset[DecoderConfig]] = {
+    **DEEPSEEK_MOE,
+    **DEEPSEEK_V2,
+    **DEEPSEEK_V3,
+    **HASH_LAYER,
+    **SWITCH,
+    **GSHARD,
+    **DENSE,
+}
 
 ARCHITECTURES: dict[type[DecoderConfig], Callable[[Any], CausalLM[Any]]] = {
     DeepSeekMoEConfig: DeepSeekMoEForCausalLM,

@@ -36,8 +36,10 @@ def native(config: DeepSeekMoEConfig) -> nn.Module:
     del fields["moe_layer_freq"], fields["scoring_func"]
     if config.topk_method == "noaux_tc":
         del fields["topk_method"]
-        return DeepseekV3ForCausalLM(DeepseekV3Config(**fields)).eval()
-    return DeepseekV2ForCausalLM(DeepseekV2Config(**fields)).eval()
+        v3: nn.Module = DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
+        return v3
+    v2: nn.Module = DeepseekV2ForCausalLM(DeepseekV2Config(**fields))
+    return v2
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def native(config: DeepSeekMoEConfig) -> nn.Module:
 def test_logits_are_those_of_transformers(config: DeepSeekMoEConfig) -> None:
     model = DeepSeekMoEForCausalLM(config).eval()
     randomise(model, seed=0)
-    theirs = native(config)
+    theirs = native(config).eval()
     # Strict: every name and shape of theirs is one of ours.
     theirs.load_state_dict(model.state_dict())
     ids = torch.randint(config.vocab_size, (2, 23), generator=torch.Generator().manual_seed(0))

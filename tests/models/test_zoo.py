@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from dsmoe_compiler.models.deepseek_moe import MoE
-from dsmoe_compiler.models.presets.baselines import BASELINES
 from dsmoe_compiler.models.presets.deepseek_moe import DEEPSEEK_MOE
 from dsmoe_compiler.models.presets.deepseek_v2 import DEEPSEEK_V2
 from dsmoe_compiler.models.presets.deepseek_v3 import DEEPSEEK_V3
 from dsmoe_compiler.models.presets.dense import DENSE
+from dsmoe_compiler.models.presets.gshard import GSHARD
+from dsmoe_compiler.models.presets.hash_layer import HASH_LAYER
+from dsmoe_compiler.models.presets.switch import SWITCH
 from dsmoe_compiler.models.zoo import (
     ZOO,
     UnknownModel,
@@ -22,7 +24,7 @@ from dsmoe_compiler.models.zoo import (
     preset,
 )
 
-FAMILIES = (DEEPSEEK_MOE, DEEPSEEK_V2, DEEPSEEK_V3, BASELINES, DENSE)
+FAMILIES = (DEEPSEEK_MOE, DEEPSEEK_V2, DEEPSEEK_V3, HASH_LAYER, SWITCH, GSHARD, DENSE)
 
 # DeepSeekMoE (arXiv 2401.06066), Tables 1, 3 and 6, in billions, as printed: total, activated.
 PAPER = {
