@@ -21,7 +21,7 @@ from dsmoe_compiler.runtime.counting_form import CountingForm
 
 
 class LoadCounter:
-    """What was counted so far, and at last: `load`, which may be read at any time, also while it grows."""
+    """What is counted: `counted` is that so far, and may be read at any time."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -29,7 +29,7 @@ class LoadCounter:
         self._open, self._lock = True, Lock()
 
     @property
-    def load(self) -> Load:
+    def counted(self) -> Load:
         """The load by now. On a GPU, this waits for the calls before it."""
         layers = counted_layers(self._report)
         with self._lock:
@@ -39,10 +39,10 @@ class LoadCounter:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file for `dsmoe inspect --load`. Raises InputError when it cannot be written."""
-        self.load.save(path)
+        self.counted.save(path)
 
     def __str__(self) -> str:
-        return str(self.load)
+        return str(self.counted)
 
     def add(self, counts: Sequence[Tensor]) -> None:
         """Take in the counts of one call, (E + 1,) for each layer; nothing once it is closed."""

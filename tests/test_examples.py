@@ -33,6 +33,12 @@ def test_three_spellings_are_one_program() -> None:
     assert printed.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_load_is_counted_and_shown() -> None:
+    lines = _output("expert_load.py").splitlines()
+    assert lines[0] == "DeepSeekMoEForCausalLM: 1,024 tokens, top-4, 2 of 2 MoE layers counted"
+    assert [line.split()[0] for line in lines[4:6]] == ["1", "2"]
+
+
 def test_a_transformers_model_compiles() -> None:
     pytest.importorskip("transformers")
     printed = _output("compile_transformers.py")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect", short_help="Show each MoE layer of MODEL, without compiling it.")
-@click.argument("text", metavar="MODEL", required=False)
+@click.argument("text", metavar="[MODEL]", required=False)
 @input_option
 @click.option(
     "--graph",
