@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,12 +21,8 @@ def require_tensors(
     and no others but those whose names `ignored` is found in.
     """
     missing = [name for name in wanted if name not in sources]
-    if missing:
-        raise CheckpointError(f"{folder}: lacks {several(missing)}")
     surplus = [name for name in sources if name not in wanted and not ignored.search(name)]
-    if surplus:
-        where = stored(sources[surplus[0]]).file
-        raise CheckpointError(f"{where}: holds {several(surplus)}, which the model of config.json has not")
+    require_same_names(folder, sources, missing, surplus)
     for name, shape in wanted.items():
         source = sources[name]
         if source.shape != shape:
@@ -37,16 +33,28 @@ def require_tensors(
         require_floats(source)
 
 
+def require_same_names(
+    folder: Path, sources: Mapping[str, Source], missing: Sequence[str], surplus: Sequence[str]
+) -> None:
+    """Raise CheckpointError when there is anything missing or surplus; of one renamed it tells both names."""
+    held = f"holds {_several(surplus)}, which the model of config.json has not" if surplus else ""
+    if missing:
+        raise CheckpointError(f"{folder}: lacks {_several(missing)}" + (f", and {held}" if surplus else ""))
+    if surplus:
+        where = stored(sources[surplus[0]]).file if surplus[0] in sources else folder
+        raise CheckpointError(f"{where}: {held}")
+
+
+def _several(names: Sequence[str]) -> str:
+    """Names for one line: the first, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
 def require_floats(source: Source) -> None:
     """Raise CheckpointError for a tensor of integers or truth values, which is no weight."""
     tensor = stored(source)
     if not isinstance(source, BlockScaled) and not tensor.dtype.is_floating_point:
         raise CheckpointError(f"{tensor.file}: {tensor.name} is of {tensor.dtype}, which is no float")
-
-
-def several(names: list[str]) -> str:
-    """Names for one line: the first, and how many more there are."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def fill(destinations: Mapping[str, Tensor], sources: Mapping[str, Source], reader: Reader) -> None:

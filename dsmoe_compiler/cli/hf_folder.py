@@ -118,7 +118,7 @@ def _as_transformers_reads(folder: Path, outline: Any) -> nn.Module:
         )
     except Exception as e:  # pickle, safetensors and quantisers have errors of their own
         raise InputError(f"hf:{folder}: its weights do not load: {e}") from e
-    require_exact(folder, found)
+    require_exact(folder, {}, found)
     return model  # type: ignore[no-any-return]
 
 

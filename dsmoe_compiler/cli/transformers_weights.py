@@ -27,9 +27,9 @@ from torch._subclasses.fake_tensor import (
 
 from dsmoe_compiler.checkpoint.errors import CheckpointError
 from dsmoe_compiler.checkpoint.experts import first_without_sibling, require_whole_families
-from dsmoe_compiler.checkpoint.fill import require_floats, several
+from dsmoe_compiler.checkpoint.fill import require_floats, require_same_names
 from dsmoe_compiler.checkpoint.reader import Reader
-from dsmoe_compiler.checkpoint.sources import BlockScaled, Source, main_dtype
+from dsmoe_compiler.checkpoint.sources import BlockScaled, Source, main_dtype, stored
 from dsmoe_compiler.interrupt import Deferred, poll
 
 # What a model does while it is made that needs numbers, which fake tensors have not.
@@ -118,19 +118,17 @@ def _from_pretrained(weights: Weights, fill: _Fill) -> nn.Module:
         alone = first_without_sibling(weights.sources)
         what = f"lacks {alone}" if alone else f"transformers does not load its weights: {e}"
         raise CheckpointError(f"{weights.folder}: {what}") from e
-    require_exact(weights.folder, found)
+    require_exact(weights.folder, weights.sources, found)
     return model  # type: ignore[no-any-return]
 
 
-def require_exact(folder: Path, found: Mapping[str, Any]) -> None:
+def require_exact(folder: Path, sources: Mapping[str, Source], found: Mapping[str, Any]) -> None:
     """Raise CheckpointError when transformers' account of what it loaded names any tensor."""
-    if missing := sorted(found["missing_keys"]):
-        raise CheckpointError(f"{folder}: lacks {several(missing)}")
-    if surplus := sorted(found["unexpected_keys"]):
-        raise CheckpointError(f"{folder}: holds {several(surplus)}, which the model of config.json has not")
+    require_same_names(folder, sources, sorted(found["missing_keys"]), sorted(found["unexpected_keys"]))
     for name, shape, wanted in sorted(found["mismatched_keys"]):
+        where = stored(sources[name]).file if name in sources else folder
         raise CheckpointError(
-            f"{folder}: {name} is {list(shape)}, and {list(wanted)} in the model of config.json"
+            f"{where}: {name} is {list(shape)}, and {list(wanted)} in the model of config.json"
         )
     if found["error_msgs"]:
         raise CheckpointError(f"{folder}: transformers does not load its weights: {found['error_msgs'][0]}")

@@ -100,20 +100,19 @@ def test_without_a_dtype_in_config_json_it_is_the_weights(tmp_path: Path) -> Non
 
 def test_inspect_reads_headers_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reader, "fill", None)
-    result = run("inspect", f"hf:{folder}", "--json")
-    assert result.exit_code == 0, result.output
-    layers = json.loads(result.stdout)["layers"]
-    assert [layer["name"] for layer in layers] == ["model.layers.1.mlp", "model.layers.2.mlp"]
-    assert all(layer["fused"] for layer in layers)
+    model = hf_call(folder, with_weights=False).model
+    assert isinstance(model, torch.nn.Module) and all(p.is_meta for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_compiled_it_gives_the_models_logits(folder: Path) -> None:
-    result = run("compile", f"hf:{folder}", "-o", str(folder / "out.pt2"), "--require-fused")
+def test_compiled_it_gives_the_models_logits(tmp_path: Path) -> None:
+    folder, output = write(tmp_path / "moe", TINY | {"num_hidden_layers": 2}), tmp_path / "out.pt2"
+    result = run("compile", f"hf:{folder}", "-o", str(output), "--require-fused")
     assert result.exit_code == 0, result.output
-    program, plain = dsmoe.load(folder / "out.pt2"), plainly_loaded(folder)
+    assert "1 of 1 MoE layers fused" in result.stdout
+    program, plain = dsmoe.load(output), plainly_loaded(folder)
     with torch.no_grad():
-        expected = plain(IDS).float()
-        torch.testing.assert_close(program(IDS).float(), expected, atol=0.05, rtol=0.05)
+        torch.testing.assert_close(program(IDS).float(), plain(IDS).float(), atol=0.05, rtol=0.05)
 
 
 def test_without_weights_they_are_random_and_a_note_says_so(tmp_path: Path) -> None:
@@ -179,6 +178,9 @@ def test_a_missing_tensor_is_named(one_file: Path) -> None:
     del tensors[EXPERT]
     save_file(tensors, one_file / "model.safetensors")
     assert wrong("inspect", f"hf:{one_file}") == f"{one_file}: lacks {EXPERT}"
+    save_file(tensors | {"renamed": torch.zeros(20, 32)}, one_file / "model.safetensors")
+    line = wrong("inspect", f"hf:{one_file}")
+    assert line.startswith(f"{one_file}: lacks {EXPERT}, and holds renamed, which the model")
 
 
 def test_a_surplus_tensor_is_named(one_file: Path) -> None:
