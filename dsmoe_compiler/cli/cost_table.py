@@ -21,6 +21,8 @@ LEGEND = (
     "attends to no cache."
 )
 
+_KINDS = {"activations": "attention (activations by activations)", "weights": "other weights"}
+
 
 def print_cost(cost: Cost) -> None:
     """Headline, parts, steps, remarks."""
@@ -31,7 +33,9 @@ def print_cost(cost: Cost) -> None:
     if cost.parts:
         to.print()
         print_grid(to, parts_grid(cost))
-        kinds = ", ".join(f"{kind} {_share(flops, cost.flops)}" for kind, flops in cost.kinds)
+        kinds = ", ".join(
+            f"{_KINDS.get(kind, kind)} {_share(flops, cost.flops)}" for kind, flops in cost.kinds
+        )
         print_lines(to, textwrap.wrap(f"of all FLOPs: {kinds}", width), style="dim")
     to.print()
     print_lines(to, [f"a step on {cost.gpu}"], style="bold cyan")
@@ -44,13 +48,13 @@ def print_cost(cost: Cost) -> None:
 
 def _headline(cost: Cost) -> Iterator[str]:
     parameters = cost.parameters
-    activated = f"{amount(parameters.activated, 'B')} activated by a token"
-    held = f"{cost.model}: {amount(parameters.total, 'B')} parameters"
+    activated = f"{amount(parameters.activated, billion='B')} activated by a token"
+    held = f"{cost.model}: {amount(parameters.total, billion='B')} parameters"
     yield f"{held}, {activated} ({_share(parameters.activated, parameters.total)})"
     sequences = "1 sequence" if cost.batch == 1 else f"{cost.batch} sequences"
     dtypes = f", {' and '.join(cost.dtypes)}" if cost.dtypes else ""
-    yield f"forward of {sequences} of {cost.seq} tokens{dtypes}: {amount(cost.flops)}FLOP"
-    yield f"training of 1 sequence, as the DeepSeekMoE paper counts: {amount(cost.training_flops)}FLOP"
+    yield f"forward of {sequences} of {cost.seq} tokens{dtypes}: {amount(cost.flops, 'FLOP')}"
+    yield f"training of 1 sequence, as the DeepSeekMoE paper counts: {amount(cost.training_flops, 'FLOP')}"
 
 
 def parts_grid(cost: Cost) -> Grid:
@@ -67,10 +71,10 @@ def _part_cells(part: Part, cost: Cost) -> tuple[str, ...]:
     what = ("", "", "", "")
     if mixture is not None:
         shared = f"{mixture.shared_width} wide" if mixture.shared is None else str(mixture.shared)
-        what = (str(mixture.experts), str(mixture.top_k), shared, amount(mixture.parameters, "B"))
+        what = (str(mixture.experts), str(mixture.top_k), shared, amount(mixture.parameters, billion="B"))
     least = "" if part.complete else "≥ "
     many = f"{len(part.names)} × " if len(part.names) > 1 else ""
-    flops = least + many + amount(part.flops).strip()
+    flops = least + many + amount(part.flops)
     return (collapse(part.names) or WHOLE_MODEL, *what, flops, least + _share(part.total, cost.flops))
 
 
@@ -85,21 +89,21 @@ def _step_cells(step: Step) -> tuple[str, ...]:
     return (
         str(step.tokens),
         ", ".join(f"{hit.expected:.1f} of {hit.experts}" for hit in step.hit) or "-",
-        amount(step.weight_bytes) + "B",
-        amount(step.bytes_per_token) + "B",
-        amount(step.flops).strip(),
+        amount(step.weight_bytes, "B"),
+        amount(step.bytes_per_token, "B"),
+        amount(step.flops),
         "-" if step.intensity is None else f"{step.intensity:.1f}",
         duration(step.seconds),
         step.bound,
     )
 
 
-def amount(number: float, billion: str = "G") -> str:
-    """Four digits and a prefix, ready for its unit: "25.3 T", "912 "; `billion` is what 10⁹ is called."""
+def amount(number: float, unit: str = "", billion: str = "G") -> str:
+    """Four digits, a prefix and the unit: "25.30 TFLOP", "912 B"; `billion` is what 10⁹ is called."""
     for factor, prefix in _PREFIXES:
         if number >= factor:
-            return f"{_digits(number / factor)} {billion if prefix == 'G' else prefix}"
-    return f"{_digits(number)} "
+            return f"{_digits(number / factor)} {billion if prefix == 'G' else prefix}{unit}"
+    return f"{_digits(number)} {unit}".rstrip()
 
 
 def duration(seconds: float) -> str:

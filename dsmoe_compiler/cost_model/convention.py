@@ -94,7 +94,7 @@ def measure(graph: ProgramGraph, report: Report, tokens: int) -> Measured:
     if not works or works[-1].kind != "weights":
         raise NotMeasured("it does not end with a head")
     *body, head = works
-    attending = list(dict.fromkeys(work.module for work in body if work.kind == "attention"))
+    attending = list(dict.fromkeys(work.module for work in body if work.kind == "activations"))
     mixtures = mixtures_of(graph, sizes, held(graph))
     layers = tuple(
         _experts(mixture, [w for w in body if w.node == node], tokens) for node, mixture in mixtures.items()
@@ -110,7 +110,7 @@ def measure(graph: ProgramGraph, report: Report, tokens: int) -> Measured:
     return Measured(
         tokens=tokens,
         width=head.weight[-1],
-        attention=sum(work.flops for work in body if work.kind == "attention"),
+        attention=sum(work.flops for work in body if work.kind == "activations"),
         head=head.flops,
         queries=tuple(_widest(body, module) for module in attending),
         dense=tuple(dense.values()),

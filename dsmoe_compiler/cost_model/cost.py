@@ -104,7 +104,7 @@ def cost_of(
         parts=parts_of(graph, report, worked, sizes, tensors),
         gpu=on.name,
         steps=tuple(steps),
-        remarks=tuple(_remarks(report, worked, sizes, batch, seq)),
+        remarks=tuple(_remarks(report, worked, sizes)),
     )
 
 
@@ -147,7 +147,7 @@ def _dtypes(worked: Worked) -> tuple[str, ...]:
     return tuple(dtype for dtype, _ in found.most_common())
 
 
-def _remarks(report: Report, worked: Worked, sizes: Sizes, batch: int, seq: int | None) -> Iterator[str]:
+def _remarks(report: Report, worked: Worked, sizes: Sizes) -> Iterator[str]:
     reasons = dict[str, list[str]]()
     for unknown in worked.unknown:
         reasons.setdefault(unknown.why, []).append(".".join(unknown.module) or unknown.node)
@@ -159,9 +159,5 @@ def _remarks(report: Report, worked: Worked, sizes: Sizes, batch: int, seq: int 
     written = [x.name or "(model)" for x in report.layers if x.fused and x.spec and x.spec.router is None]
     if written:
         yield f"routers that stayed as written count as other products do: {collapse(written)}"
-    if sizes.batch != batch:
-        yield f"the batch is {sizes.batch}, as the model was captured"
-    if seq is not None and sizes.length != seq:
-        yield f"the length is {sizes.length}, as the model was captured"
     if sizes.kept:
-        yield f"sizes as they were captured: {', '.join(sizes.kept)}"
+        yield f"as it was captured, {', '.join(sizes.kept)}"

@@ -68,7 +68,7 @@ def sizes_at(exported: ExportedProgram, batch: int, length: int | None = None) -
     Raises ShapeError where the program takes no such sizes.
     """
     leaves = _leaves(exported)
-    numbers = dict[sympy.Expr, int]()
+    numbers, kept = dict[sympy.Expr, int](), list[str]()
     longest = USUAL_LENGTH if length is None else length
     first = next((leaf for leaf in leaves if leaf.holds_ids), None) or next(
         (leaf for leaf in leaves if len(leaf.sizes) > 2), None
@@ -76,6 +76,9 @@ def sizes_at(exported: ExportedProgram, batch: int, length: int | None = None) -
     if first is not None:
         if length is None:
             longest = min([longest, *(_most(exported, size) for leaf in leaves for size in leaf.sizes[1:])])
+        for what, size in zip(("batch", "length"), first.sizes[:2], strict=True):
+            if size.is_Integer:
+                kept.append(f"the {what} is {size}")
         batch, longest = _or_fixed(first.sizes[0], batch), _or_fixed(first.sizes[1], longest)
         for leaf in (first, *leaves):
             for dim, size in enumerate(leaf.sizes):
@@ -85,10 +88,10 @@ def sizes_at(exported: ExportedProgram, batch: int, length: int | None = None) -
         rows = leaves[0].sizes[0]
         if not rows.is_Symbol:
             batch, longest = 1, int(rows)
+            kept.append(f"there are {rows} tokens")
         for leaf in leaves:
             if leaf.sizes and leaf.sizes[0].is_Symbol:
                 numbers.setdefault(leaf.sizes[0], batch * longest)
-    kept = list[str]()
     for leaf in leaves:
         for dim, size in enumerate(leaf.sizes):
             if size.is_Symbol and size not in numbers:

@@ -17,9 +17,9 @@ from dsmoe_compiler.cost_model.sizes import OfData, Sizes
 from dsmoe_compiler.ir import ops
 from dsmoe_compiler.ir.graph import ProgramGraph, module_path
 
-# "weights" multiply a value by the model's own tensors, "attention" two values; the others are of a fused op.
-Kind: TypeAlias = Literal["attention", "weights"] | LayerPart
-KINDS: tuple[Kind, ...] = ("attention", "weights", "router", "routed experts", "shared experts")
+# What activations meet in a product: each other, as in attention, or the model's tensors; a fused op's parts.
+Kind: TypeAlias = Literal["activations", "weights"] | LayerPart
+KINDS: tuple[Kind, ...] = ("activations", "weights", "router", "routed experts", "shared experts")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def work_of(graph: ProgramGraph, sizes: Sizes) -> Worked:
             works += counter.count(node)
         except OfData:
             if _may_multiply(node):
-                unknown.append(Unknown(node.name, _place(node), "its sizes depend on data"))
+                unknown.append(Unknown(node.name, _place(node), "sizes depend on data"))
         except NotCounted as e:
             unknown.append(Unknown(node.name, _place(node), str(e)))
     return Worked(tuple(works), tuple(unknown))
@@ -105,7 +105,7 @@ class _Counter:
         if flops := self._known[key]:
             operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
             weights = [n for n in operands if n in self._own and n.meta["val"].dim() > 1]
-            kind: Kind = "weights" if weights else "attention"
+            kind: Kind = "weights" if weights else "activations"
             shape = tuple(self._sizes.on_meta(weights[0].meta["val"]).shape) if weights else ()
             yield Work(node.name, _place(node), kind, _name(operands[0].meta["val"].dtype), flops, shape)
 
@@ -139,9 +139,12 @@ def _own_values(graph: ProgramGraph) -> set[Node]:
 
 
 def _gives_numbers(node: Node) -> bool:
-    """Whether a result is a tensor of floating-point numbers, or of integers that a product may have made."""
+    """Whether a result is a tensor of a dtype that products have, of which the small integers' is int32."""
     values = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(v, Tensor) and (v.is_floating_point() or v.dtype == torch.int32) for v in values)
+    return any(isinstance(v, Tensor) and (v.dtype.is_floating_point or v.dtype in _ALSO) for v in values)
+
+
+_ALSO = (torch.int32, torch.complex64, torch.complex128)
 
 
 def _may_multiply(node: Node) -> bool:
