@@ -44,9 +44,16 @@ class OneLineErrors(click.Group):
         sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click's, but a reader that went away (`| head`) is neither a refusal nor an internal error."""
+        """As click's, but a reader that went away (`| head`) is neither a refusal nor an internal error, and
+        an option without its argument knows its command.
+        """
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            if error.ctx is None and command is not None:
+                error.ctx = click.Context(command, ctx, ctx.invoked_subcommand)
+            raise
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             ctx.exit(CLOSED_PIPE)

@@ -44,7 +44,8 @@ def resolve(text: str, inputs: Sequence[ExampleInput], *, with_weights: bool) ->
     else:
         call = _zoo_call(text, with_weights=with_weights)
     device = device_of(call.model)
-    call = replace(call, kwargs={**call.kwargs, **{each.name: each.tensor(device) for each in inputs}})
+    given = {each.name: each.tensor(device, call.kwargs.get(each.name)) for each in inputs}
+    call = replace(call, kwargs={**call.kwargs, **given})
     _require_fit(text, call)
     return call
 

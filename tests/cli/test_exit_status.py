@@ -67,6 +67,10 @@ def test_interrupted_is_130(api: FakeApi, here: Path) -> None:
     ("arguments", "says"),
     [
         (["inspect"], "Missing argument 'MODEL'. Try 'dsmoe inspect --help'."),
+        (
+            ["inspect", "tiny", "--layer"],
+            "Option '--layer' requires an argument. Try 'dsmoe inspect --help'.",
+        ),
         (["compile", "deepseek-moe-tiny"], "Missing option '-o' / '--output'."),
         (["inspcet", "m"], "No such command 'inspcet'."),
         (["--nonsense"], "No such option"),

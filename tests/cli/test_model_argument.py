@@ -148,6 +148,18 @@ def test_an_input_stands_instead_of_the_example(api: FakeApi) -> None:
     assert kwargs["input_ids"].is_meta
 
 
+def test_an_input_has_the_dtype_of_the_example_that_it_stands_for() -> None:
+    (ids,) = call("deepseek-moe-tiny", ExampleInput("input_ids", (2, 3), None)).kwargs.values()
+    assert isinstance(ids, Tensor) and (ids.dtype, ids.shape) == (torch.int64, (2, 3))
+    said = call("deepseek-moe-tiny", ExampleInput("input_ids", (2, 3), "int32")).kwargs["input_ids"]
+    assert isinstance(said, Tensor) and said.dtype == torch.int32
+
+
+def test_an_input_that_stands_for_none_is_float32(mine: Path) -> None:
+    (x,) = call("mine:build", ExampleInput("x", (2, 3), None)).kwargs.values()
+    assert isinstance(x, Tensor) and x.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64", "int32", "bool"])
 def test_made_up_inputs_are_valid_and_the_same_every_time(dtype: str) -> None:
     example = ExampleInput("x", (0, 3, 5), dtype)
