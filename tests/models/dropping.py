@@ -25,7 +25,7 @@ def answers(experts: StackedExperts, x_SD: Tensor, weights_SE: list[list[float]]
 
 
 def alike(groups: int, tokens: int, width: int) -> Tensor:
-    """Tokens (G, S, D) that lean in one direction, so that most choose the same experts."""
-    generator = torch.Generator().manual_seed(0)
+    """Tokens (G, S, D) that lean in one direction, so that experts are chosen unevenly."""
+    generator = torch.Generator().manual_seed(1)  # another than the weights': nobody's row
     towards = torch.randn(width, generator=generator)
-    return towards + 0.7 * torch.randn(groups, tokens, width, generator=generator)
+    return 0.5 * towards + torch.randn(groups, tokens, width, generator=generator)

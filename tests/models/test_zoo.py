@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmoe_compiler.models.deepseek_moe import MoE
 from dsmoe_compiler.models.presets.deepseek_moe import DEEPSEEK_MOE
 from dsmoe_compiler.models.presets.deepseek_v2 import DEEPSEEK_V2
 from dsmoe_compiler.models.presets.deepseek_v3 import DEEPSEEK_V3
@@ -14,6 +13,7 @@ from dsmoe_compiler.models.presets.dense import DENSE
 from dsmoe_compiler.models.presets.gshard import GSHARD
 from dsmoe_compiler.models.presets.hash_layer import HASH_LAYER
 from dsmoe_compiler.models.presets.switch import SWITCH
+from dsmoe_compiler.models.stacked_experts import StackedExperts
 from dsmoe_compiler.models.zoo import (
     ZOO,
     UnknownModel,
@@ -26,34 +26,13 @@ from dsmoe_compiler.models.zoo import (
 
 FAMILIES = (DEEPSEEK_MOE, DEEPSEEK_V2, DEEPSEEK_V3, HASH_LAYER, SWITCH, GSHARD, DENSE)
 
-# DeepSeekMoE (arXiv 2401.06066), Tables 1, 3 and 6, in billions, as printed: total, activated.
-PAPER = {
-    "deepseek-moe-2b": (2.0, 0.3),
-    "deepseek-moe-16b": (16.4, 2.8),
-    "deepseek-moe-145b": (144.6, 22.2),
-}
-
 
 def test_every_preset_is_in_the_zoo_once() -> None:
     assert names() == tuple(ZOO) == tuple(name for family in FAMILIES for name in family)
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_parameters_round_to_the_papers_figures(name: str) -> None:
-    count = parameter_count(name)
-    assert (round(count.total / 1e9, 1), round(count.activated / 1e9, 1)) == PAPER[name]
-
-
 def test_the_16b_has_exactly_the_released_models_parameters() -> None:
     assert parameter_count("deepseek-moe-16b").total == 16_375_728_128
-
-
-def test_the_2b_has_the_papers_expert_parameters() -> None:
-    config = DEEPSEEK_MOE["deepseek-moe-2b"].config
-    one_expert = config.num_hidden_layers * 3 * config.hidden_size * config.moe_intermediate_size
-    shared, routed, chosen = config.n_shared_experts, config.n_routed_experts, config.num_experts_per_tok
-    assert round(one_expert * (shared + routed) / 1e9, 2) == 1.89
-    assert round(one_expert * (shared + chosen) / 1e9, 2) == 0.24
 
 
 @pytest.mark.parametrize(
@@ -64,11 +43,17 @@ def test_the_2b_has_the_papers_expert_parameters() -> None:
         ("deepseek-moe-2b", 9),
         ("deepseek-moe-16b", 27),
         ("deepseek-moe-145b", 61),
+        ("deepseek-v2", 59),
+        ("deepseek-v3", 58),
+        ("hash-layer-2b", 9),
+        ("switch-2b", 9),
+        ("gshard-137b", 61),
+        ("deepseek-67b", 0),
     ],
 )
 def test_moe_layers(name: str, layers: int) -> None:
     model = build(name, device="meta")
-    assert sum(isinstance(module, MoE) for module in model.modules()) == layers
+    assert sum(isinstance(module, StackedExperts) for module in model.modules()) == layers
     assert preset(name).config.num_moe_layers == layers
 
 
