@@ -114,7 +114,7 @@ def capture(
             raise
         except Exception as e:  # whatever a model's own code raises while traced
             failures.append(e)
-    what_to_do = "try an example of other sizes, or dynamic_shapes of your own"
+    what_to_do = "try an example of other sizes or dtypes, or dynamic_shapes of your own"
     if dynamic_shapes != "auto":
         what_to_do = 'correct dynamic_shapes, or leave it "auto"'
     raise _explain(model, module, example, failures[-1], what_to_do) from failures[-1]

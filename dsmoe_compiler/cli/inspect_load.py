@@ -21,7 +21,7 @@ from dsmoe_compiler.cli.stages import stages
 from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.report.grid import GAP
 from dsmoe_compiler.report.load import LayerLoad, Load
-from dsmoe_compiler.report.load_map import RAMP
+from dsmoe_compiler.report.load_map import ASCII, RAMP
 from dsmoe_compiler.report.load_text import tell
 from dsmoe_compiler.report.report import LayerReport, Report
 from dsmoe_compiler.report.story import WHOLE_MODEL
@@ -58,20 +58,31 @@ def inspect_load(
 
 def print_load(to: Console, load: Load) -> None:
     """The heat map, its figures, and what they mean; the map in colour on a terminal."""
-    story = tell(load, reading_width(to))
-    print_lines(to, story.headline, style="bold" if to.is_terminal else "")
+    story, shown = tell(load, reading_width(to)), _shown(to.encoding)
+    painted = to.is_terminal
+    print_lines(to, story.headline, style="bold" if painted else "")
     if story.grid:
         to.print()
-        to.print(Text(GAP.join(story.grid.titles).rstrip(), style="bold underline" if to.is_terminal else ""))
+        to.print(Text(GAP.join(story.grid.titles).rstrip(), style="bold underline" if painted else ""))
         for row in story.grid.rows:
-            label, cells, *others = story.grid.padded(row)
-            figures = Text(GAP + GAP.join(others))
-            to.print(
-                Text.assemble((label + GAP, "cyan" if to.is_terminal else ""), _coloured(cells), figures)
-            )
+            label, cells, *figures = story.grid.padded(row)
+            line = Text(label + GAP, style="cyan" if painted else "")
+            for cell, alike in groupby(cells):
+                colour = _COLOURS[RAMP.index(cell)] if cell in RAMP else ""
+                line.append("".join(alike).translate(shown), style=colour)
+            to.print(line.append(GAP + GAP.join(figures), style=""))
     if story.legend:
         to.print()
-        print_lines(to, story.legend, style="dim" if to.is_terminal else "")
+        print_lines(to, (line.translate(shown) for line in story.legend), style="dim" if painted else "")
+
+
+def _shown(encoding: str) -> dict[int, int]:
+    """What stands for characters that the terminal, or the file, has no code for."""
+    try:
+        RAMP.encode(encoding)
+    except UnicodeEncodeError:
+        return str.maketrans(f"{RAMP}−", f"{ASCII}-")
+    return {}
 
 
 def require_fit(load: Load, report: Report, model: str) -> None:
@@ -132,10 +143,3 @@ def _record(load: Load) -> dict[str, Any]:
         for layer in load.layers
     ]
     return {"model": load.model, "layers": layers, "not_counted": load.not_counted}
-
-
-def _coloured(cells: str) -> Text:
-    text = Text()
-    for cell, alike in groupby(cells):
-        text.append("".join(alike), style=_COLOURS[RAMP.index(cell)] if cell in RAMP else "")
-    return text

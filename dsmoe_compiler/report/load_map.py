@@ -8,6 +8,7 @@ from statistics import fmean
 from dsmoe_compiler.report.load import LayerLoad
 
 RAMP = "·▁▂▃▄▅▆▇█"  # none, then eighths of twice an even share; it reads without colours
+ASCII = ".:-=+*#%@"  # the same where those characters cannot be shown
 EVEN = 4  # the place of an even share in it
 
 

@@ -106,7 +106,8 @@ def _meaning(together: int) -> list[str]:
 
 def _unused(layers: Sequence[LayerLoad], labels: Sequence[str], width: int) -> list[str]:
     """The experts that are never used, by their numbers where that takes a few lines only."""
-    each = [f"layer {label}: {ranges(x.unused)}" for label, x in zip(labels, layers, strict=True) if x.unused]
+    said = (f"layer {label}" if label.isdecimal() else label for label in labels)
+    each = [f"{label}: {ranges(x.unused)}" for label, x in zip(said, layers, strict=True) if x.unused]
     if not each:
         return []
     line = f"never used: {'; '.join(each)}"

@@ -127,3 +127,11 @@ def test_colours_on_a_terminal_and_the_same_text(
     monkeypatch.setenv("NO_COLOR", "1")
     without = on_terminal(width, "inspect", "--load", str(path))
     assert "38;5" not in without.coloured and without.plain == shown.plain
+
+
+def test_where_the_characters_cannot_be_shown(file: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    arguments = [sys.executable, "-m", "dsmoe_compiler", "inspect", "--load", file]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    assert "layers.0.mlp  .::---=+++*###%@ " in done.stdout and "?" not in done.stdout
+    assert "an expert's load: + an even share, @ twice that or more, . none" in done.stdout

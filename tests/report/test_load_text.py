@@ -75,7 +75,7 @@ def test_what_differs_from_layer_to_layer_has_a_column() -> None:
         "",
         "an expert's load: ▄ an even share, █ twice that or more, · none",
         "MaxVio: (max − mean) / mean load; entropy: of the load in bits / of an even one",
-        "never used: layer b: 1",
+        "never used: b: 1",
         "not counted, as written: c.mlp",
     ]
 
