@@ -158,13 +158,13 @@ def _without_prediction_layers(weights: Weights) -> dict[str, Source]:
     the model's own and which transformers does not run.
     """
     config = weights.outline.config.get_text_config()
-    further = getattr(config, "num_nextn_predict_layers", None) or 0
-    first = config.num_hidden_layers
-    prefixes = tuple(
-        prefix
-        for layer in range(first, first + further)
-        if not any(own.startswith(prefix := f"model.layers.{layer}.") for own in weights.outline.state_dict())
-    )
+    further = getattr(config, "num_nextn_predict_layers", None)
+    if not isinstance(further, int):
+        return dict(weights.sources)
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + further)
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+    if any(own.startswith(prefixes) for own in weights.outline.state_dict()):
+        return dict(weights.sources)
     return {name: source for name, source in weights.sources.items() if not name.startswith(prefixes)}
 
 
