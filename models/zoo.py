@@ -50,8 +50,9 @@ class UnknownModel(ValueError):
     """A name the zoo does not have; the message lists the nearest ones."""
 
     def __init__(self, name: str) -> None:
-        nearest = difflib.get_close_matches(name, ZOO, n=3) or list(ZOO)
-        super().__init__(f"unknown model {name!r}; the nearest names are: {', '.join(nearest)}")
+        nearest = difflib.get_close_matches(name, ZOO, n=3)
+        known = f"the nearest names are: {', '.join(nearest)}" if nearest else f"known are: {', '.join(ZOO)}"
+        super().__init__(f"unknown model {name!r}; {known}")
 
 
 def names() -> tuple[str, ...]:
