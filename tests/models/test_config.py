@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dsmoe_compiler.models.baseline_configs import GShardConfig, HashLayerConfig, SwitchConfig
-from dsmoe_compiler.models.config import SCORING, DeepSeekMoEConfig
+from dsmoe_compiler.models.config import DeepSeekMoEConfig
 from dsmoe_compiler.models.decoder_config import DecoderConfig
 from dsmoe_compiler.models.moe_config import MoEConfig
 from dsmoe_compiler.models.yarn import YarnScaling
