@@ -59,7 +59,9 @@ def fused_model(text: str, inputs: tuple[ExampleInput, ...], dtype: str | None, 
     graph, report, notes = _after_passes(text, inputs, dtype, stage)
     from dsmoe_compiler.runtime.kernels import fused_layers
 
-    names = [layer.name for layer in report.layers if layer.fused]
+    if any(layer.fused and not layer.op for layer in report.layers):
+        raise InputError(f"{text} was saved by an older version: compile it again")
+    names = {layer.op: layer.name for layer in report.layers if layer.fused}
     return FusedModel(text, report, fused_layers(graph, names), notes)
 
 

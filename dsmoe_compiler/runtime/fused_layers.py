@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,13 +68,13 @@ class FusedLayer:
         return taken
 
 
-def fused_layers(graph: ProgramGraph, names: Sequence[str]) -> tuple[FusedLayer, ...]:
-    """The fused layers of a graph after its passes, those that are alike as one. `names` of all that are
-    fused, in execution order. Nothing is read of tensors but how they lie.
+def fused_layers(graph: ProgramGraph, names: Mapping[str, str]) -> tuple[FusedLayer, ...]:
+    """The fused layers of a graph after its passes, those that are alike as one. `names` are the layers' by
+    their ops'; an op that none is named for has no weights. Nothing is read of tensors but how they lie.
     """
-    nodes = [n for n in graph.nodes if n.target in (ops.MOE, ops.EXPERTS)]
     alike = dict[tuple[Layer, torch.dtype | None], FusedLayer]()
-    for name, node in zip(names, nodes, strict=True):
+    for node in [n for n in graph.nodes if n.name in names]:
+        name = names[node.name]
         found = _moe(name, node) if node.target is ops.MOE else _experts(name, node)
         key = (found.layer, found.operands.ids.dtype if found.operands.ids is not None else None)
         known = alike.get(key)

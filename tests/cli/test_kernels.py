@@ -38,6 +38,29 @@ def no_kernels() -> tuple[nn.Module, tuple[torch.Tensor, ...], dict[str, Any]]:
     return Layer(Kind(_softmax, lambda rows: rows.softmax(-1))), (torch.ones(5, 16),), {}
 
 
+class WithIdentity(nn.Module):
+    """Four experts with a matrix, and two that hand back what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 6, bias=False)
+        self.up = nn.Parameter(torch.randn(4, 16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(6):
+            tokens, slots = torch.where(ids == e)
+            rows = torch.relu(nn.functional.linear(x[tokens], self.up[e])) if e < 4 else x[tokens]
+            out = out.index_add(0, tokens, rows * weights[tokens, slots, None])
+        return out
+
+
+def with_identity() -> tuple[nn.Module, tuple[torch.Tensor, ...], dict[str, Any]]:
+    """One layer, two ops."""
+    return WithIdentity(), (torch.ones(5, 16),), {}
+
+
 @pytest.fixture(autouse=True)
 def _captured_once(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Most of a command's time is the capture of its model: the same for every test. Nobody's own plans, and
@@ -110,6 +133,11 @@ def test_a_layer_without_kernels_says_why() -> None:
     assert "tiles" not in printed
     says = wrong("kernels", "tests.cli.test_kernels:no_kernels", "--emit", "triton")
     assert says == "there are no kernels for this layer: `softmax` joins the numbers of a row"
+
+
+def test_experts_without_weights_have_no_kernels() -> None:
+    (layer,) = json.loads(kernels("tests.cli.test_kernels:with_identity", "--json").stdout)["kernels"]
+    assert "count=4," in layer["spec"]
 
 
 def test_a_model_without_layers(here: Path) -> None:
