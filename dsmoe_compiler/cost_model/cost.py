@@ -17,6 +17,7 @@ from dsmoe_compiler.ir.errors import InputError, ShapeError
 from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.report.layer_names import collapse
 from dsmoe_compiler.report.report import Report
+from dsmoe_compiler.report.story import WHOLE_MODEL
 from dsmoe_compiler.runtime.gpu_catalogue import ceilings, named
 
 USUAL_GPU = "H200"
@@ -150,13 +151,13 @@ def _dtypes(worked: Worked) -> tuple[str, ...]:
 def _remarks(report: Report, worked: Worked, sizes: Sizes) -> Iterator[str]:
     reasons = dict[str, list[str]]()
     for unknown in worked.unknown:
-        reasons.setdefault(unknown.why, []).append(".".join(unknown.module) or unknown.node)
+        reasons.setdefault(unknown.why, []).append(".".join(unknown.module) or WHOLE_MODEL)
     for why, places in reasons.items():
         many = "1 product is" if len(places) == 1 else f"{len(places)} products are"
         yield f"{many} not counted, {why}: {collapse(places)}"
-    if refused := [layer.name or "(model)" for layer in report.layers if not layer.fused]:
+    if refused := [layer.name or WHOLE_MODEL for layer in report.layers if not layer.fused]:
         yield f"not fused, counted as written and with all experts activated: {collapse(refused)}"
-    written = [x.name or "(model)" for x in report.layers if x.fused and x.spec and x.spec.router is None]
+    written = [x.name or WHOLE_MODEL for x in report.layers if x.fused and x.spec and x.spec.router is None]
     if written:
         yield f"routers that stayed as written count as other products do: {collapse(written)}"
     if sizes.kept:

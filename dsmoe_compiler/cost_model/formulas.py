@@ -53,6 +53,11 @@ def flops_of(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> int:
     return flops
 
 
+def is_attention(target: torch._ops.OpOverload) -> bool:
+    """Whether an operator multiplies activations alone, though its mask may be the model's own."""
+    return _DIRECT.get(target._schema.name) is _attention
+
+
 def can_multiply(target: torch._ops.OpOverload) -> bool:
     """Whether an operator, by its name, may be one with products: asked where its sizes are not known."""
     space, _, plain = target._schema.name.partition("::")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from dsmoe_compiler.cost_model.formulas import NotCounted, can_multiply, flops_of
+from dsmoe_compiler.cost_model.formulas import NotCounted, can_multiply, flops_of, is_attention
 from dsmoe_compiler.cost_model.fused import LayerPart, layer_work
 from dsmoe_compiler.cost_model.sizes import OfData, Sizes
 from dsmoe_compiler.ir import ops
@@ -104,10 +104,16 @@ class _Counter:
             self._known[key] = flops_of(node.target, args, kwargs)
         if flops := self._known[key]:
             operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-            weights = [n for n in operands if n in self._own and n.meta["val"].dim() > 1]
-            kind: Kind = "weights" if weights else "activations"
-            shape = tuple(self._sizes.on_meta(weights[0].meta["val"]).shape) if weights else ()
+            weight = None if is_attention(node.target) else self._weight(operands)
+            kind: Kind = "activations" if weight is None else "weights"
+            shape = () if weight is None else tuple(self._sizes.on_meta(weight.meta["val"]).shape)
             yield Work(node.name, _place(node), kind, _name(operands[0].meta["val"].dtype), flops, shape)
+
+    def _weight(self, operands: Sequence[Node]) -> Node | None:
+        """The model's own operand of a product, which may add a bias as well; None where it has none."""
+        own = [n for n in operands if n in self._own]
+        matrices = [n for n in own if n.meta["val"].dim() > 1]
+        return next(iter(matrices), own[0] if own and len(own) == len(operands) - 1 else None)
 
     def _value(self, node: Node) -> Any:
         """A node's value at these sizes: tensors on the meta device, numbers as they are."""
