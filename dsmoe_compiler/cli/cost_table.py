@@ -15,12 +15,11 @@ from dsmoe_compiler.report.story import WHOLE_MODEL
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 LEGEND = (
-    "FLOPs are those of matrix products, a multiply-add being two; attention counts every query with every "
-    "key. weights: bytes of the model's tensors that a step is expected to read under uniform routing, each "
-    "once. floor: no less by the data sheet, whichever of products and weights takes longer; a token alone "
-    "attends to no cache."
+    "experts: parameters of one layer's routed ones. FLOPs are those of matrix products, a multiply-add "
+    "being two; attention counts every query with every key. weights: bytes of the model's tensors that a "
+    "step is expected to read under uniform routing, each once. floor: no less by the data sheet, whichever "
+    "of products and weights takes longer; a token alone attends to no cache."
 )
-
 _KINDS = {"activations": "attention (activations by activations)", "weights": "other weights"}
 
 
@@ -53,7 +52,8 @@ def _headline(cost: Cost) -> Iterator[str]:
     yield f"{held}, {activated} ({_share(parameters.activated, parameters.total)})"
     sequences = "1 sequence" if cost.batch == 1 else f"{cost.batch} sequences"
     dtypes = f", {' and '.join(cost.dtypes)}" if cost.dtypes else ""
-    yield f"forward of {sequences} of {cost.seq} tokens{dtypes}: {amount(cost.flops, 'FLOP')}"
+    tokens = "1 token" if cost.seq == 1 else f"{cost.seq} tokens"
+    yield f"forward of {sequences} of {tokens}{dtypes}: {amount(cost.flops, 'FLOP')}"
     yield f"training of 1 sequence, as the DeepSeekMoE paper counts: {amount(cost.training_flops, 'FLOP')}"
 
 
