@@ -95,5 +95,7 @@ def test_the_gate_is_transformers_router(factor: float) -> None:
     native.classifier.weight.copy_(gate.weight)
     x = alike(GROUPS, TOKENS, WIDTH)
     chosen, probability, _ = native(x)
+    if chosen.is_floating_point():
+        pytest.skip("in older releases the probability is returned first, and nobody is dropped")
     assert 0 < chosen.sum() < GROUPS * TOKENS
     torch.testing.assert_close(gate(x).sum(dim=-1), chosen * probability, rtol=0, atol=1e-6)
