@@ -82,7 +82,7 @@ def sizes_at(exported: ExportedProgram, batch: int, length: int | None = None) -
         batch, longest = _or_fixed(first.sizes[0], batch), _or_fixed(first.sizes[1], longest)
         for leaf in (first, *leaves):
             for dim, size in enumerate(leaf.sizes):
-                if size.is_Symbol and len(leaf.sizes) > 1:
+                if size.is_Symbol and len(leaf.sizes) > 1 and dim != leaf.width:
                     numbers.setdefault(size, longest if dim else batch)
     elif leaves and leaves[0].sizes:
         rows = leaves[0].sizes[0]
@@ -110,6 +110,11 @@ class _Leaf:
     sizes: tuple[sympy.Expr, ...]
     example: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def width(self) -> int | None:
+        """The dimension of rows (B, L, D) that is not a number of anything; None of other tensors."""
+        return 2 if len(self.sizes) == 3 and self.dtype.is_floating_point else None
 
     @property
     def holds_ids(self) -> bool:

@@ -71,7 +71,8 @@ def work_of(graph: ProgramGraph, sizes: Sizes) -> Worked:
             if _may_multiply(node):
                 unknown.append(Unknown(node.name, _place(node), "sizes depend on data"))
         except NotCounted as e:
-            unknown.append(Unknown(node.name, _place(node), str(e)))
+            if _may_multiply(node):
+                unknown.append(Unknown(node.name, _place(node), str(e)))
     return Worked(tuple(works), tuple(unknown))
 
 
@@ -98,6 +99,8 @@ class _Counter:
         if not isinstance(node.target, torch._ops.OpOverload) or not _gives_numbers(node):
             return
         args, kwargs = pytree.tree_map_only(Node, self._value, (node.args, node.kwargs))
+        # Nothing may be made where the model lives, whatever place its code names.
+        args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), (args, kwargs))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         key = (node.target, spec, tuple(map(_shown, leaves)))
         if key not in self._known:
@@ -154,7 +157,7 @@ _ALSO = (torch.int32, torch.complex64, torch.complex128)
 
 
 def _may_multiply(node: Node) -> bool:
-    if node.target in (ops.MOE, ops.EXPERTS):
+    if node.target in (ops.MOE, ops.EXPERTS) or isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     return (
         isinstance(node.target, torch._ops.OpOverload) and _gives_numbers(node) and can_multiply(node.target)

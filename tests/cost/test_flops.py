@@ -112,6 +112,24 @@ class Opaque(nn.Module):
         return out
 
 
+class Masking(nn.Module):
+    """Makes its own mask, and moves what it computed to a device by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        mask = torch.full((length, length), -1.0, device="cpu")
+        out: Tensor = (x @ x.transpose(1, 2) + mask).to("cpu") @ x
+        return out
+
+
+def test_nothing_is_computed_however_large_it_would_be() -> None:
+    """The mask alone would take 4 TB."""
+    length = 1_000_000
+    cost = dsmoe.cost(Masking(), (torch.randn(2, 5, 4),), seq=length)
+    assert cost.flops == 2 * 2 * length * length * 4
+    assert cost.remarks == ("as it was captured, x[2] is 4",)
+
+
 def test_an_operator_that_nobody_can_count_is_said() -> None:
     cost = dsmoe.cost(Opaque(), (torch.randn(5, 4),), seq=6)
     assert cost.flops == 2 * 6 * 6 * 4
