@@ -38,7 +38,6 @@ class DeepSeekMoEConfig(MoEConfig):
         super().__post_init__()
         require_positive(self, "n_shared_experts")
         self._check_gate()
-        self._check_attention()
 
     def _check_gate(self) -> None:
         require_positive(self, "n_group", "topk_group", "routed_scaling_factor")
@@ -68,6 +67,7 @@ class DeepSeekMoEConfig(MoEConfig):
         if self.kv_lora_rank is None:
             if self.q_lora_rank is not None or self.rope_scaling is not None:
                 raise ValueError("q_lora_rank and rope_scaling need kv_lora_rank")
+            super()._check_attention()
             return
         require_positive(self, "kv_lora_rank", "qk_rope_head_dim", "v_head_dim")
         require_not_negative(self, "qk_nope_head_dim")

@@ -39,6 +39,11 @@ class DecoderConfig:
         require_positive(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         require_positive(self, "rms_norm_eps", "rope_theta")
         require_not_negative(self, "intermediate_size")
+        self._check_attention()
+        if self.num_moe_layers < self.num_hidden_layers and not self.intermediate_size:
+            raise ValueError("intermediate_size must be positive where layers are dense")
+
+    def _check_attention(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}"
@@ -50,8 +55,6 @@ class DecoderConfig:
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        if self.num_moe_layers < self.num_hidden_layers and not self.intermediate_size:
-            raise ValueError("intermediate_size must be positive where layers are dense")
 
     @property
     def head_dim(self) -> int:

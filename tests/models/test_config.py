@@ -207,3 +207,7 @@ def test_which_layers_are_mixtures(first: int, every: int, mixtures: list[int]) 
     config = MoEConfig(**sizes, first_k_dense_replace=first, moe_layer_freq=every)
     assert [index for index in range(5) if config.is_moe(index)] == mixtures
     assert config.num_moe_layers == len(mixtures)
+
+
+def test_latent_attention_needs_no_width_that_heads_divide() -> None:
+    assert DeepSeekMoEConfig(**{**V3, "hidden_size": 25}).hidden_size == 25
