@@ -24,6 +24,7 @@ from dsmoe_compiler.ir.errors import CaptureError, InputError, NotFused, Refusal
 from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.ir.leftovers import drop_leftovers, has_sizes_of_data
 from dsmoe_compiler.ir.passes import Pass
+from dsmoe_compiler.ir.rounding import round_by_division
 from dsmoe_compiler.pipeline import Progress, Verify
 from dsmoe_compiler.program import Program, name_outputs
 from dsmoe_compiler.replay import replay, replay_routings
@@ -288,6 +289,7 @@ def _compiled(
     outcome = passes.run(ProgramGraph(captured.exported), steps, verify, progress)
     name_outputs(captured.exported)
     drop_leftovers(captured.exported)
+    round_by_division(captured.exported)
     passed = (first, *outcome.passes)
     remarks = (*_told(captured, held), *outcome.remarks)
     report = Report(_name(request.model), captured.how, outcome.layers, passed, chosen, None, remarks)

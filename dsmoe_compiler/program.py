@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._export.serde.serialize import SerializeError
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
@@ -24,7 +25,7 @@ from dsmoe_compiler import archive
 from dsmoe_compiler.atomic import written_whole
 from dsmoe_compiler.inputs import CallSignature, Inputs
 from dsmoe_compiler.interrupt import Deferred
-from dsmoe_compiler.ir.errors import LoadError
+from dsmoe_compiler.ir.errors import InputError, LoadError
 from dsmoe_compiler.load_counter import CountedRun, LoadCounter, counted_layers, uncounted
 from dsmoe_compiler.outputs import Structure
 from dsmoe_compiler.quiet import silenced
@@ -127,7 +128,7 @@ class Program:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file, all or nothing. Raises InputError when the place cannot be
-        written.
+        written, or something in the graph.
         """
         with Deferred(), written_whole(Path(path)) as file:
             tensors = _tensors(self.exported)
@@ -190,7 +191,11 @@ def _graph(exported: ExportedProgram, tensors: Iterable[str]) -> bytes:
     small._constants = _emptied(exported.constants, _CONSTANTS, tensors)
     small._example_inputs = None  # the user's data
     with turn(), _without_traces(exported), silenced("torch.export"):
-        torch.export.save(small, buffer)
+        try:
+            torch.export.save(small, buffer)
+        except SerializeError as e:
+            why = str(e).splitlines()[0][:200]
+            raise InputError(f"the program cannot be saved, torch cannot write it: {why}") from e
     return buffer.getvalue()
 
 

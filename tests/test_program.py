@@ -1,6 +1,7 @@
 """A compiled program: the model's own tensors, any size, gradients, and one file that holds it all."""
 
 import io
+import math
 import signal
 import subprocess
 import sys
@@ -169,6 +170,28 @@ def test_a_loaded_program_can_be_saved_again(saved: Path, tmp_path: Path) -> Non
     loaded = dsmoe.load(saved)
     loaded.save(tmp_path / "again.pt2")
     assert dsmoe.load(tmp_path / "again.pt2")(tokens(2, 2)).equal(loaded(tokens(2, 2)))
+
+
+def test_sizes_that_are_rounded(tmp_path: Path) -> None:
+    """A capacity of so many percent, up or down."""
+
+    def rooms(x: Tensor) -> Tensor:
+        return x.new_ones(math.ceil(x.shape[0] / 3 * 1.25), math.floor(x.shape[1] * 0.7))
+
+    program = dsmoe.compile(rooms, (torch.ones(5, 7),))
+    program.save(tmp_path / "p.pt2")
+    loaded = dsmoe.load(tmp_path / "p.pt2")
+    for sizes in ((5, 7), (1, 1), (3, 10), (0, 4), (100, 9)):
+        x = torch.ones(sizes)
+        assert loaded(x).shape == program(x).shape == rooms(x).shape
+
+
+def test_what_torch_cannot_write_is_one_line(tmp_path: Path) -> None:
+    program = dsmoe.compile(lambda x: x.new_ones(round(x.shape[0] * 0.3)), (torch.ones(5),))
+    assert program(torch.ones(20)).shape == (6,)
+    with pytest.raises(dsmoe.InputError, match=r"cannot be saved.*round") as error:
+        program.save(tmp_path / "p.pt2")
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 def test_a_loaded_program_keeps_its_conditions(tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ class RouterSpec:
     (`selection_bias`, DeepSeek-V3 eq. 16) and keep only the best `top_groups` of `groups` groups, each group
     scored by its best or its two best experts, rejected experts' scores replaced by `group_fill`. Weights are
     the selected (unbiased) scores, or what top-k ranked (`weigh="ranked"`: a rejected expert that is chosen
-    all the same weighs `group_fill`, DeepSeek-V2 §2.2), divided by their sum + `epsilon` when `renormalize`, times `scale`, cast
-    to `weight_dtype`. `logits_dtype` is the dtype x and the router's weight are cast to before the product,
-    `score_dtype` that of the scores; None: as they come.
+    all the same weighs `group_fill`, DeepSeek-V2 §2.2), divided by their sum + `epsilon` when `renormalize`,
+    times `scale`, cast to `weight_dtype`. `logits_dtype` is the dtype x and the router's weight are cast to
+    before the product, `score_dtype` that of the scores; None: as they come.
     """
 
     top_k: int
