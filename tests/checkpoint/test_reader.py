@@ -1,6 +1,7 @@
 """Tensors read into memory that is there already, once each, cast and unscaled on the way."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def test_a_file_that_shrinks_after_its_header_was_read(file: Path) -> None:
         reader.fill(torch.empty(4, 6), source)
 
 
+@pytest.fixture
+def ctrl_c_raises() -> Iterator[None]:
+    """As in the foreground: a process that a shell started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_ctrl_c_is_obeyed_between_pieces(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_PIECE", 8)
     save_file({"a": drawn(4, 6)}, file)
