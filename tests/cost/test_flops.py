@@ -1,9 +1,13 @@
 """FLOPs by hand, and against torch's own counter on the model as it runs."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import dsmoe_compiler as dsmoe
@@ -128,6 +132,26 @@ def test_nothing_is_computed_however_large_it_would_be() -> None:
     cost = dsmoe.cost(Masking(), (torch.randn(2, 5, 4),), seq=length)
     assert cost.flops == 2 * 2 * length * length * 4
     assert cost.remarks == ("as it was captured, x[2] is 4",)
+
+
+class Made(TorchDispatchMode):
+    """While open, where tensors are made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.devices = set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.devices |= {t.device.type for t in tree_leaves(out) if isinstance(t, Tensor)}
+        return out
+
+
+def test_what_a_model_makes_on_its_own_device_is_not_made() -> None:
+    done = api.optimize(Masking(), (torch.randn(2, 5, 4),), verify="off")
+    with Made() as made:
+        cost_of(done.graph, done.report, seq=7)
+    assert made.devices == {"meta"}
 
 
 def test_an_operator_that_nobody_can_count_is_said() -> None:

@@ -1,5 +1,7 @@
 """Parameters are the model's own, tied ones once; what a step reads of them is what it uses."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,13 @@ def test_a_program_costs_what_its_model_costs() -> None:
     model = MoE()
     program = dsmoe.compile(model, (torch.randn(5, D),))
     assert dsmoe.cost(program, seq=9) == dsmoe.cost(model, (torch.randn(5, D),), seq=9)
+
+
+def test_tied_parameters_of_a_file_count_once(tmp_path: Path) -> None:
+    ids = torch.zeros(3, 5, dtype=torch.int64)
+    dsmoe.compile(Tied(), (ids,)).save(tmp_path / "tied.pt2")
+    cost = dsmoe.cost(dsmoe.load(tmp_path / "tied.pt2"), seq=6)
+    assert cost.parameters == dsmoe.cost(Tied(), (ids,), seq=6).parameters
 
 
 def test_the_function_stays_what_the_package_gives() -> None:
