@@ -163,8 +163,6 @@ def _without_prediction_layers(weights: Weights) -> dict[str, Source]:
         return dict(weights.sources)
     layers = range(config.num_hidden_layers, config.num_hidden_layers + further)
     prefixes = tuple(f"model.layers.{layer}." for layer in layers)
-    if any(own.startswith(prefixes) for own in weights.outline.state_dict()):
-        return dict(weights.sources)
     return {name: source for name, source in weights.sources.items() if not name.startswith(prefixes)}
 
 

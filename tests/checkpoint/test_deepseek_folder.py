@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import dsmoe_compiler as dsmoe
 from dsmoe_compiler.checkpoint.errors import CheckpointError
 from dsmoe_compiler.checkpoint.reader import Reader
-from dsmoe_compiler.cli import deepseek_folder
+from dsmoe_compiler.cli import deepseek_folder, memory
 from dsmoe_compiler.cli.deepseek_folder import load_deepseek_moe
 from dsmoe_compiler.cli.hf_folder import hf_call
 from dsmoe_compiler.ir.errors import InputError
@@ -124,6 +124,13 @@ def test_without_weights_they_are_random_and_a_note_says_so(tmp_path: Path) -> N
         hf_call(tmp_path, with_weights=True)
     with pytest.raises(InputError, match="has no weights"):
         load_deepseek_moe(tmp_path)
+
+
+def test_what_does_not_fit_in_memory_is_not_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    line = wrong("compile", f"hf:{folder}", "-o", str(folder / "out.pt2"))
+    weights = sum(tensor.nbytes for _, tensor in random_tensors(TINY, torch.bfloat16))
+    assert line.startswith(f"hf:{folder} needs {memory.readable(weights)}, 1 kB available")
 
 
 def test_a_field_nobody_knows_is_told(folder: Path) -> None:

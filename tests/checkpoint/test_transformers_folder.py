@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import dsmoe_compiler as dsmoe
 from dsmoe_compiler.checkpoint.errors import CheckpointError
 from dsmoe_compiler.checkpoint.reader import Reader
+from dsmoe_compiler.checkpoint.sources import Source
 from dsmoe_compiler.cli.hf_folder import hf_call
 from dsmoe_compiler.ir.errors import InputError
 from tests.checkpoint.transformers_files import (
@@ -24,6 +26,7 @@ from tests.checkpoint.transformers_files import (
     one_file,
     rewrite,
     saved,
+    transformers,
 )
 from tests.cli.fakes import run, wrong
 
@@ -72,6 +75,40 @@ def test_every_byte_is_read_once(one: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert counts == []
     loaded(one)
     assert counts == [sum(t.nbytes for t in load_file(one / "model.safetensors").values())]
+
+
+def test_ctrl_c_is_obeyed_between_tensors(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = list[Source]()
+
+    def fill(reader: Reader, destination: Tensor, source: Source) -> None:
+        signal.getsignal(signal.SIGINT)(signal.SIGINT, None)  # type: ignore[operator,misc]
+        filled.append(source)
+
+    monkeypatch.setattr(Reader, "fill", fill)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loaded(one)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(filled) == 1
+
+
+def test_a_model_that_computes_while_it_is_made_is_checked_when_loaded(
+    one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = loaded(one).state_dict()
+    made = transformers.Qwen3MoePreTrainedModel._init_weights
+
+    def computing(model: Any, module: nn.Module) -> None:
+        assert float(torch.ones(1)) == 1  # which fake tensors cannot tell
+        made(model, module)
+
+    monkeypatch.setattr(transformers.Qwen3MoePreTrainedModel, "_init_weights", computing)
+    assert same(loaded(one), whole)
+    rewrite(one, **{"model.norm.weight": None})
+    with pytest.raises(CheckpointError, match="lacks model.norm.weight"):
+        loaded(one)
 
 
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
@@ -216,8 +253,9 @@ Q_A = "model.layers.0.self_attn.q_a_proj.weight"
             r"_scale_inv is [1, 1] of torch.float32; blocks of 128 x 128",
         ),
         ({Q_A: torch.ones(24, 160)}, f"holds {Q_A}_scale_inv, which the model of config.json has not"),
+        ({f"{Q_A}_scale_inv": torch.ones(1, 2).int()}, "need [1, 2] of floats"),
     ],
-    ids=["missing", "shape", "of no float8"],
+    ids=["missing", "shape", "of no float8", "integers"],
 )
 def test_scales_that_do_not_fit_are_named(
     v3: tuple[Path, dict[str, Tensor]], changed: dict[str, Any], says: str
