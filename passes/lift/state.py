@@ -484,6 +484,8 @@ def _numbers_slots(ids: Node) -> bool:
             return bool(argument(ids, "keepdim"))
         if name == "getitem":
             selector = ids.all_input_nodes[0]
+            if operator_name(selector) == "aten::unbind":
+                return argument(selector, "dim") not in (-1, last + 1)
             return operator_name(selector) != "aten::max" or bool(argument(selector, "keepdim"))
         below = ids.args[1] if name == "aten::where" and len(ids.args) == 3 else ids.args[0]
         if not isinstance(below, Node) or not is_tensor(below):

@@ -37,6 +37,15 @@ def test_every_layer_fuses_and_answers_as_the_model(name: str, backend: Literal[
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in TINY if name != "dense-tiny"])
+def test_every_layer_fuses_at_one_size(name: str) -> None:
+    model = build(name)
+    program = dsmoe.compile(model, (CROWDED,), dynamic_shapes=None)
+    assert program.report.fused == preset(name).config.num_moe_layers
+    assert_alike(program, model, CROWDED)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["switch-tiny", "gshard-tiny"])
 def test_a_crowd_loses_tokens(name: str) -> None:
     """What makes the comparison above one of dropped tokens, too."""
