@@ -47,7 +47,8 @@ class Measured:
     """A built model's products over one sequence of `tokens`.
 
     `width` is d; `attention` and `head` are forward FLOPs; `queries` the weights of each layer's query
-    projection, `dense` those of each dense feed-forward, `layers` the experts' of each MoE layer.
+    projection, `routers` of all routers, `dense` of each dense feed-forward, `layers` the experts' of each
+    MoE layer.
     """
 
     tokens: int
@@ -55,6 +56,7 @@ class Measured:
     attention: int
     head: int
     queries: tuple[int, ...]
+    routers: int
     dense: tuple[int, ...]
     layers: tuple[ExpertWeights, ...]
 
@@ -102,10 +104,13 @@ def measure(graph: ProgramGraph, report: Report, tokens: int) -> Measured:
     if len(set(layers)) > 1:
         raise NotMeasured("its MoE layers are not all alike")
     inside = tuple(f"{layer.name}." for layer in report.layers)
-    dense = dict[tuple[str, ...], int]()
+    dense, routers = dict[tuple[str, ...], int](), 0
     for work in body:
         place = ".".join(work.module) + "."
-        if work.kind == "weights" and work.module not in attending and not place.startswith(inside):
+        # In a mixture's module but not in its op is a router that stayed as written.
+        if work.kind == "router" or work.kind == "weights" and place.startswith(inside):
+            routers += work.flops // (2 * tokens)
+        elif work.kind == "weights" and work.module not in attending:
             dense[work.module] = dense.get(work.module, 0) + prod(work.weight)
     return Measured(
         tokens=tokens,
@@ -113,6 +118,7 @@ def measure(graph: ProgramGraph, report: Report, tokens: int) -> Measured:
         attention=sum(work.flops for work in body if work.kind == "activations"),
         head=head.flops,
         queries=tuple(_widest(body, module) for module in attending),
+        routers=routers,
         dense=tuple(dense.values()),
         layers=layers,
     )

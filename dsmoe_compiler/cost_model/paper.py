@@ -13,7 +13,6 @@ Quantity: TypeAlias = Literal[
 ]
 # Figures of one digit or two round away more than those of three and four.
 _TWO_DIGITS, _THREE_DIGITS, _FLOPS_TWO_DIGITS, _FLOPS = 0.06, 0.01, 0.018, 0.005
-_HALF_A_TENTH = 0.018  # half a unit of the last digit of 2.8
 _EXPERTS = 0.025  # half a unit of the last digit of 0.24 and 2.3
 _V2_V3 = 0.03  # "2.4B" and "21B" are rounded down
 
@@ -156,8 +155,7 @@ ROWS: tuple[PaperRow, ...] = (
         "DeepSeekMoE 16B",
         "deepseek-moe-16b",
         "Tables 3, 4 and 7",
-        (Figure("parameters", "16.4", _THREE_DIGITS), Figure("activated", "2.8", _HALF_A_TENTH))
-        + _flops("74.4", _FLOPS),
+        _sizes("16.4", "2.8", _THREE_DIGITS) + _flops("74.4", _FLOPS),
         tokens=4096,
         part=_QUARTER,
         note="its FLOPs are those of quarters of a feed-forward, 1365.33 wide; it is built with 1408",

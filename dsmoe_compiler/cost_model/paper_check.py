@@ -91,7 +91,8 @@ def _ours(
     if measured is None:
         return None
     if quantity == "activated":
-        return parameters.activated - (0 if row.lookup_activated else parameters.lookup)
+        left_out = 0 if row.lookup_activated else parameters.lookup
+        return parameters.activated - measured.routers - left_out
     if quantity == "expert parameters":
         return measured.expert_weights
     if quantity == "activated expert parameters":

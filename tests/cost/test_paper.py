@@ -97,9 +97,20 @@ def test_the_first_dense_layer_counts_as_a_mixture() -> None:
     measured = measure(done.graph, done.report, 8)
     assert {(each.used, each.activated) for each in measured.layers} == {(6, 6 * 3 * 96 * 88)}
     assert measured.expert_weights == 2 * 18 * 3 * 96 * 88 + 3 * 96 * 352
+    assert measured.routers == 2 * 16 * 96
     attention, head = 3 * 4 * 96 * 8 * 8, 2 * 8 * 96 * 512
     per_layer = 4 * 96**2 + 6 * 3 * 96 * 88
     assert measured.training_flops(None) == 3 * (attention + head + 2 * 8 * 3 * per_layer)
+
+
+@pytest.mark.parametrize("name", ["switch-tiny", "gshard-tiny"])
+def test_a_router_as_written_is_no_feed_forward(name: str) -> None:
+    """Three layers, the first dense; 6 experts."""
+    ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
+    model = zoo.build(name, device="meta")
+    done = api.optimize(model, (ids,), dynamic_shapes=None, verify="off")
+    measured = measure(done.graph, done.report, 8)
+    assert (measured.routers, len(measured.dense), len(measured.layers)) == (2 * 6 * 112, 1, 2)
 
 
 def test_a_layer_that_is_not_fused_is_not_measured() -> None:
