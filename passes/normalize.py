@@ -27,17 +27,22 @@ from dsmoe_compiler.ir.graph import (
     erase_dead,
     is_tensor,
     mutated_argument,
+    same_sizes,
     shape,
+    through,
     value,
 )
 from dsmoe_compiler.ir.passes import PassLog
-from dsmoe_compiler.passes.lift.state import argument
+from dsmoe_compiler.passes.lift.ranges import Bounds, bounds
+from dsmoe_compiler.passes.lift.state import argument, operator_name
 
 _SIZES = frozenset({aten.sym_size.int, operator.mul, operator.add, operator.sub, operator.floordiv})
 _REARRANGE = frozenset(
     {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.t.default}
 )
 _WHOLE = 2**62  # a slice's stop at or past this means "to the end"
+_WIDEN = frozenset({aten.unsqueeze.default, aten.expand.default})
+_CLAMPS, _ENDS = ("aten::clamp", "aten::clamp_min", "aten::clamp_max"), ("min", "max")
 _NOTHING = frozenset({aten.lift_fresh.default, aten.alias.default})
 _MOVES = frozenset({"index", "indices", "mask", "src", "source"})  # operators that take these compute nothing
 _DETACH = frozenset({aten.detach.default, aten.detach_.default})
@@ -67,6 +72,7 @@ class Normalize:
         changed += _pin_sizes(graph)
         changed += _make_functional(graph)
         changed += _reshape(graph)
+        changed += _drop_sentinels(graph)
         changed += _drop_copies(graph)
         changed += _merge_equal(graph)
         erase_dead(graph.graph)
@@ -185,6 +191,49 @@ def _reshape(graph: ProgramGraph) -> int:
         node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], sizes), {}
         changed += 1
     return changed
+
+
+def _drop_sentinels(graph: ProgramGraph) -> int:
+    """Ids of a top-k are those of experts: what is done to larger ones, sentinels of experts elsewhere, is
+    done to nobody.
+    """
+    changed = 0
+    written = {alias_root(m) for n in graph.nodes if (m := mutated_argument(n)) is not None}
+    for node in graph.nodes:
+        below = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(below, Node) or alias_root(below) in written or not _same_kind(node, below):
+            continue
+        name = operator_name(node)
+        clamps = name in _CLAMPS and _within(bounds(graph, below), *(argument(node, a, None) for a in _ENDS))
+        if clamps or (name == "aten::masked_fill" and _holds_nowhere(graph, node.args[1])):
+            node.replace_all_uses_with(below)
+            graph.graph.erase_node(node)
+            changed += 1
+    return changed
+
+
+def _same_kind(a: Node, b: Node) -> bool:
+    return is_tensor(a) and is_tensor(b) and dtype(a) == dtype(b) and same_sizes(shape(a), shape(b))
+
+
+def _within(found: Bounds, least: object, largest: object) -> bool:
+    """Whether bounds that are known lie between ends that are numbers or open."""
+    low, high = found
+    above = least is None or isinstance(least, int) and low is not None and low >= least
+    return above and (largest is None or isinstance(largest, int) and high is not None and high <= largest)
+
+
+def _holds_nowhere(graph: ProgramGraph, mask: object) -> bool:
+    """Whether a mask says "at least n" of integers that are all less."""
+    if isinstance(mask, Node):
+        mask = through(mask, VIEWS | _WIDEN)
+    if not isinstance(mask, Node) or operator_name(mask) not in ("aten::ge", "aten::gt"):
+        return False
+    number = mask.args[1]
+    if not isinstance(number, int):
+        return False
+    _, high = bounds(graph, mask.args[0])
+    return high is not None and high < number + (operator_name(mask) == "aten::gt")
 
 
 def _drop_copies(graph: ProgramGraph) -> int:

@@ -105,3 +105,43 @@ def test_ids_of_a_table_of_words() -> None:
     for batch, length in ((2, 5), (1, 1), (0, 4)):
         words = torch.randint(100, (batch, length))
         torch.testing.assert_close(program(words), model(words), rtol=1e-5, atol=1e-6)
+
+
+class _Sentinels(nn.Module):
+    """Grouped products that know of ids of experts elsewhere, E and above: rows masked, ids clamped."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(D, entries, bias=False)
+        self.up = nn.Parameter(torch.randn(E, D, D) * 0.3)
+        self.bias = nn.Parameter(torch.randn(E, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        ordered, order = ids.reshape(-1).sort()
+        ends = torch.histc(ordered.float(), bins=E, min=0, max=E - 1).cumsum(0, dtype=torch.int32)
+        elsewhere = (ordered >= E).unsqueeze(-1)
+        ordered.clamp_(max=E - 1)
+        rows = x[order // K]
+        rows.masked_fill_(elsewhere, 0.0)
+        y = torch._grouped_mm(rows, self.up, offs=ends) + self.bias[ordered]
+        y = y.masked_fill(elsewhere, 0.0) * weights.reshape(-1)[order, None]
+        return y[order.argsort()].view(*ids.shape, D).sum(1)
+
+
+def test_sentinels_that_no_id_is() -> None:
+    model = _Sentinels(entries=E).bfloat16()
+    program = dsmoe.compile(model, (torch.randn(37, D, dtype=torch.bfloat16),), require_fused=True)
+    assert program.report.layers[0].spec is not None and program.report.layers[0].spec.router is not None
+    x = torch.randn(50, D, dtype=torch.bfloat16)
+    assert relative(program(x).float(), model(x).float()) < 1e-2
+
+
+def test_sentinels_that_ids_are() -> None:
+    """The router knows two experts more: their rows are zeros, as in eager."""
+    model = _Sentinels(entries=E + 2).bfloat16()
+    program = dsmoe.compile(model, (torch.randn(37, D, dtype=torch.bfloat16),))
+    assert program.report.fused == 0
+    x = torch.randn(50, D, dtype=torch.bfloat16)
+    assert program(x).equal(model(x))
