@@ -20,6 +20,9 @@ _NOT_COUNTED = (
     "_cudnn_rnn",
     "_fft_",
     "_linalg_",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+    "_trilinear",
     "_weight_int",
     "cdist",
     "fft_",
@@ -77,12 +80,22 @@ def grouped_mm(a: Sequence[int], b: Sequence[int]) -> int:
     return 2 * groups * a[-2] * a[-1] * b[-1]
 
 
+def bilinear(x: Sequence[int], y: Sequence[int], weight: Sequence[int]) -> int:
+    """x W y of shapes (…, D), (O, D, C) and (…, C): a row's product with W, and that with the other row."""
+    out, _, other = weight
+    return 2 * prod(x) * out * other + 2 * prod(y) * out
+
+
 def _is_long(plain: str) -> bool:
     return plain.startswith(_NOT_COUNTED) and plain not in _POINTWISE
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *others: object) -> int:
     return attention(q.shape, k.shape, v.shape)
+
+
+def _bilinear(x: Tensor, y: Tensor, weight: Tensor, *others: object) -> int:
+    return bilinear(x.shape, y.shape, weight.shape)
 
 
 def _grouped(a: Tensor, b: Tensor, *others: object) -> int:
@@ -93,6 +106,7 @@ def _grouped(a: Tensor, b: Tensor, *others: object) -> int:
 _DIRECT: dict[str, Callable[..., int]] = {
     "aten::scaled_dot_product_attention": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::bilinear": _bilinear,
     "aten::_grouped_mm": _grouped,
     "aten::_scaled_grouped_mm": _grouped,
     "transformers::grouped_mm_fallback": _grouped,
@@ -107,6 +121,10 @@ def _add_vector(added: Sequence[int], a: Sequence[int], b: Sequence[int], **rest
     return 2 * prod(a)
 
 
+def _add_batches(added: Sequence[int], a: Sequence[int], b: Sequence[int], **rest: object) -> int:
+    return 2 * prod(a) * b[-1]
+
+
 def _matrices(a: Sequence[int], b: Sequence[int], **rest: object) -> int:
     return 2 * prod(a) * b[-1]
 
@@ -116,6 +134,7 @@ _UNKNOWN_TO_TORCH: dict[Any, Any] = {
     aten.dot: _vector,
     aten.vdot: _vector,
     aten.addmv: _add_vector,
+    aten.addbmm: _add_batches,
     aten._int_mm: _matrices,
 }
 _PRODUCTS = frozenset(

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dsmoe_compiler as dsmoe
 from dsmoe_compiler import api
 from dsmoe_compiler.cost_model.cost import cost_of
-from dsmoe_compiler.cost_model.formulas import attention, grouped_mm
+from dsmoe_compiler.cost_model.formulas import NotCounted, attention, flops_of, grouped_mm
 from tests.cost.models import (
     HIDDEN,
     SHARED,
@@ -108,6 +108,24 @@ def test_formulas() -> None:
     assert grouped_mm((11, 3), (4, 3, 5)) == 2 * 11 * 3 * 5
     assert grouped_mm((4, 2, 3), (4, 3, 5)) == 4 * 2 * 2 * 3 * 5
     assert grouped_mm((2, 11), (11, 5)) == 2 * 2 * 11 * 5
+
+
+def on_meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def test_products_that_torch_does_not_count() -> None:
+    aten = torch.ops.aten
+    rows = (on_meta(7, 16), on_meta(7, 8), on_meta(4, 16, 8), None)
+    assert flops_of(aten.bilinear.default, rows, {}) == 2 * 7 * 16 * 4 * 8 + 2 * 7 * 4 * 8
+    batches = (on_meta(4, 6), on_meta(3, 4, 5), on_meta(3, 5, 6))
+    assert flops_of(aten.addbmm.default, batches, {}) == 2 * 3 * 4 * 5 * 6
+
+
+def test_a_whole_attention_in_one_operator_is_not_counted_as_nothing() -> None:
+    x, weights = on_meta(2, 5, 8), (on_meta(24, 8), on_meta(24), on_meta(8, 8), on_meta(8))
+    with pytest.raises(NotCounted, match="_native_multi_head_attention"):
+        flops_of(torch.ops.aten._native_multi_head_attention.default, (x, x, x, 8, 2, *weights), {})
 
 
 class Opaque(nn.Module):
