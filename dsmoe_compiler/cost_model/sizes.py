@@ -15,8 +15,10 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from dsmoe_compiler.inputs import CallSignature, Inputs
+from dsmoe_compiler.ir.errors import InputError
 
 USUAL_LENGTH = 4096
+LARGEST = 2**62  # bytes; torch's sizes and strides are of 64 bits, one of them the sign
 
 
 class OfData(Exception):
@@ -55,17 +57,26 @@ class Sizes:
         return self._known[expression]
 
     def on_meta(self, tensor: Tensor) -> Tensor:
-        """A tensor of the meta device that lies as a recorded one does. Raises OfData."""
+        """A tensor of the meta device that lies as a recorded one does. Raises OfData, and InputError where
+        that is larger than tensors can be.
+        """
         shape, strides = ([self.number(s) for s in sizes] for sizes in (tensor.shape, tensor.stride()))
+        last = sum(max(size - 1, 0) * stride for size, stride in zip(shape, strides, strict=True))
+        if max(last, *shape, 0) * tensor.element_size() > LARGEST:
+            raise InputError(
+                f"{self.batch} x {self.length} tokens are more than tensors can hold: give fewer or shorter "
+                "sequences"
+            )
         return torch.empty_strided(shape, strides, dtype=tensor.dtype, device="meta")
 
 
 def sizes_at(exported: ExportedProgram, batch: int, length: int | None = None) -> Sizes:
     """The sizes of a forward of `batch` sequences of `length` tokens; None: 4096, or the most there can be.
 
-    Ids (B, L), or rows (B, L, D), say which sizes are the batch and the length; where all inputs are rows
-    (T, D), T is batch · length. A size that capture fixed stays as it is, and so does one that is neither.
-    Raises ShapeError where the program takes no such sizes.
+    Ids (B, L), or rows (B, L, D), say which sizes are the batch and the length, without them the first two
+    of what has four or more, as images do; where all inputs are rows (T, D), T is batch · length. A size that
+    capture fixed stays as it is, and so does one that is neither.
+    Raises ShapeError where the program takes no such sizes, InputError where no tensor is so large.
     """
     leaves = _leaves(exported)
     numbers, kept = dict[sympy.Expr, int](), list[str]()
@@ -80,9 +91,11 @@ def sizes_at(exported: ExportedProgram, batch: int, length: int | None = None) -
             if size.is_Integer:
                 kept.append(f"the {what} is {size}")
         batch, longest = _or_fixed(first.sizes[0], batch), _or_fixed(first.sizes[1], longest)
+        # Images have sizes of their own; beside ids or rows, what has four is a mask.
+        tokens_end = 2 if len(first.sizes) > 3 else max(len(leaf.sizes) for leaf in leaves)
         for leaf in (first, *leaves):
             for dim, size in enumerate(leaf.sizes):
-                if size.is_Symbol and len(leaf.sizes) > 1 and dim != leaf.width:
+                if size.is_Symbol and len(leaf.sizes) > 1 and dim != leaf.width and dim < tokens_end:
                     numbers.setdefault(size, longest if dim else batch)
     elif leaves and leaves[0].sizes:
         rows = leaves[0].sizes[0]

@@ -75,6 +75,18 @@ def test_what_capture_fixed_is_said() -> None:
     assert (rows.batch, rows.seq, rows.remarks) == (1, 5, ("as it was captured, there are 5 tokens",))
 
 
+def test_the_sizes_of_an_image_stay() -> None:
+    cost = dsmoe.cost(nn.Conv2d(3, 4, 1, bias=False), (torch.ones(2, 3, 16, 20),), batch=5, seq=7)
+    assert cost.flops == 2 * 5 * 16 * 20 * 3 * 4
+    assert cost.remarks == ("as it was captured, the length is 3, input[2] is 16, input[3] is 20",)
+
+
+@pytest.mark.parametrize("seq", [2**60, 10**30])
+def test_more_than_a_tensor_holds_is_wrong_input(seq: int) -> None:
+    with pytest.raises(dsmoe.InputError, match=f"1 x {seq} tokens are more than tensors can hold"):
+        dsmoe.cost(Tied(), (ids(3, 5),), seq=seq)
+
+
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"seq": 0}, {"seq": -1}])
 def test_sizes_are_positive(wrong: dict[str, int]) -> None:
     with pytest.raises(dsmoe.InputError, match="give a positive number"):
