@@ -13,7 +13,7 @@ from dsmoe_compiler.report.grid import Column, Grid, Row
 from dsmoe_compiler.report.layer_names import collapse
 from dsmoe_compiler.report.story import WHOLE_MODEL
 
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 LEGEND = (
     "experts: parameters of one layer's routed ones. FLOPs are those of matrix products, a multiply-add "
     "being two; attention counts every query with every key. weights: bytes of the model's tensors that a "
@@ -32,6 +32,7 @@ def print_cost(cost: Cost) -> None:
     if cost.parts:
         to.print()
         print_grid(to, parts_grid(cost))
+    if cost.kinds:
         kinds = ", ".join(
             f"{_KINDS.get(kind, kind)} {_share(flops, cost.flops)}" for kind, flops in cost.kinds
         )
@@ -53,8 +54,10 @@ def _headline(cost: Cost) -> Iterator[str]:
     sequences = "1 sequence" if cost.batch == 1 else f"{cost.batch} sequences"
     dtypes = f", {' and '.join(cost.dtypes)}" if cost.dtypes else ""
     tokens = "1 token" if cost.seq == 1 else f"{cost.seq} tokens"
-    yield f"forward of {sequences} of {tokens}{dtypes}: {amount(cost.flops, 'FLOP')}"
-    yield f"training of 1 sequence, as the DeepSeekMoE paper counts: {amount(cost.training_flops, 'FLOP')}"
+    least = "" if all(part.complete for part in cost.parts) else "≥ "
+    yield f"forward of {sequences} of {tokens}{dtypes}: {least}{amount(cost.flops, 'FLOP')}"
+    training = f"{least}{amount(cost.training_flops, 'FLOP')}"
+    yield f"training of 1 sequence, as the DeepSeekMoE paper counts: {training}"
 
 
 def parts_grid(cost: Cost) -> Grid:
@@ -101,7 +104,7 @@ def _step_cells(step: Step) -> tuple[str, ...]:
 def amount(number: float, unit: str = "", billion: str = "G") -> str:
     """Four digits, a prefix and the unit: "25.30 TFLOP", "912 B"; `billion` is what 10⁹ is called."""
     for factor, prefix in _PREFIXES:
-        if number >= factor:
+        if _rounded(number) >= factor:
             return f"{_digits(number / factor)} {billion if prefix == 'G' else prefix}{unit}"
     return f"{_digits(number)} {unit}".rstrip()
 
@@ -109,7 +112,7 @@ def amount(number: float, unit: str = "", billion: str = "G") -> str:
 def duration(seconds: float) -> str:
     """ "2.182 ms"."""
     for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= factor:
+        if _rounded(seconds) >= factor:
             return f"{_digits(seconds / factor)} {unit}"
     return f"{_digits(seconds / 1e-9)} ns"
 
@@ -118,7 +121,13 @@ def _digits(number: float) -> str:
     """Four significant ones, no more."""
     if number == int(number) and number < 10_000:
         return str(int(number))
-    return f"{number:.{max(0, 4 - len(str(int(number))))}f}"
+    rounded = _rounded(number)
+    return f"{rounded:.{max(0, 4 - len(str(int(rounded))))}f}"
+
+
+def _rounded(number: float) -> float:
+    """To four significant digits, so that 999.96 is told as 1000 is."""
+    return float(f"{number:.4g}")
 
 
 def _share(part: float, whole: float) -> str:

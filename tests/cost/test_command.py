@@ -102,6 +102,7 @@ def test_a_refused_layer_and_what_is_not_counted_are_said() -> None:
     printed = " ".join(cost(f"{HERE}:of_data", "--seq", "6").stdout.split())
     assert "16 products are not counted, sizes depend on data: (model)" in printed
     assert "(model) ≥ 1.536 k ≥ 14.3%" in printed  # its router's
+    assert "float32: ≥ 10.75 kFLOP" in printed
 
 
 def test_a_model_without_experts_or_products() -> None:
@@ -110,6 +111,7 @@ def test_a_model_without_experts_or_products() -> None:
     assert "experts hit" in printed and " of " in printed
     nothing = cost(f"{HERE}:doubled", "--input", "x=4x16").stdout
     assert "doubled: 0 parameters" in nothing and ": 0 FLOP" in nothing
+    assert "of all FLOPs" not in nothing
 
 
 def test_a_compiled_file_costs_what_its_model_does(tmp_path: Path) -> None:
@@ -219,6 +221,7 @@ def test_numbers_are_short() -> None:
         *("0 B", "7 B", "999 B", "1 kB", "1.234 kB", "56.79 kB", "16.38 GB", "2.500 PB")
     ]
     assert amount(16_375_728_128, billion="B") == "16.38 B"
+    assert [amount(n) for n in (9.9996, 99.996, 999_960, 3e18)] == ["10.00", "100.0", "1.000 M", "3 E"]
     assert [duration(s) for s in (2.0, 0.00123, 4.5e-6, 7e-9)] == ["2 s", "1.230 ms", "4.500 µs", "7.000 ns"]
 
 
