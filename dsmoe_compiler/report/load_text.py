@@ -92,7 +92,8 @@ def _facts(layers: Sequence[LayerLoad]) -> tuple[list[Column], list[tuple[str, .
 def _experts(layers: Sequence[LayerLoad], together: int) -> str:
     """The map's title."""
     counts = {len(layer.counts) for layer in layers}
-    title = f"{min(counts)} to {max(counts)} experts" if len(counts) > 1 else f"{max(counts)} experts"
+    many = "expert" if max(counts) == 1 else "experts"
+    title = f"{min(counts)} to {max(counts)} {many}" if len(counts) > 1 else f"{max(counts)} {many}"
     return title if together == 1 else f"{title}, {together} a cell"
 
 
@@ -107,14 +108,19 @@ def _meaning(together: int) -> list[str]:
 def _unused(layers: Sequence[LayerLoad], labels: Sequence[str], width: int) -> list[str]:
     """The experts that are never used, by their numbers where that takes a few lines only."""
     said = (f"layer {label}" if label.isdecimal() else label for label in labels)
-    each = [f"{label}: {ranges(x.unused)}" for label, x in zip(said, layers, strict=True) if x.unused]
+    each = [
+        f"{label}: {ranges(x.unused).replace(',', ', ')}"
+        for label, x in zip(said, layers, strict=True)
+        if x.unused
+    ]
     if not each:
         return []
     line = f"never used: {'; '.join(each)}"
     if len(_folded(line, width)) <= MOST_LINES:
         return [line]
     count = sum(len(layer.unused) for layer in layers)
-    return [f"never used: {count:,} experts in {len(each)} layers"]
+    places = "1 layer" if len(each) == 1 else f"{len(each)} layers"
+    return [f"never used: {count:,} experts in {places}"]
 
 
 def _labels(names: Sequence[str]) -> list[str]:

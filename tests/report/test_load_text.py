@@ -109,3 +109,14 @@ def test_no_layer_was_counted() -> None:
 def test_many_experts_that_are_never_used_are_counted() -> None:
     layers = tuple(LayerLoad(f"m.{i}.mlp", 1, (1, 0) * 64) for i in range(9))
     assert "never used: 576 experts in 9 layers" in render(Load("M", layers))
+    (line,) = (x for x in render(Load("M", layers[:1])).splitlines() if x.startswith("never used"))
+    assert line == "never used: 64 experts in 1 layer"
+
+
+def test_few_experts_that_are_never_used_are_numbered() -> None:
+    counts = tuple(int(e not in (1, 3, 4)) for e in range(512))
+    assert "never used: (model): 1, 3-4" in render(Load("M", (LayerLoad("", 1, counts),)))
+
+
+def test_one_expert_is_no_experts() -> None:
+    assert "\nlayer    1 expert  MaxVio" in render(Load("M", (LayerLoad("", 1, (3,)),)))
