@@ -5,6 +5,7 @@ Letters: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -45,7 +46,7 @@ class Routing:
 class Held:
     """A tensor of the model; names of one memory are one. `is_read`: by the graph at all; `rows`: of a table
     that is only looked up in, how many it has; `routing`: of what only routed experts read, how they are
-    chosen.
+    chosen, and `choices` how often a forward does so for each token: once for each layer that they are of.
     """
 
     names: tuple[str, ...]
@@ -55,6 +56,7 @@ class Held:
     is_read: bool
     rows: int | None = None
     routing: Routing | None = None
+    choices: int = 1
 
     @property
     def activated(self) -> Fraction:
@@ -67,7 +69,7 @@ class Held:
         """What a step of T tokens is expected to read of it, each number once."""
         whole = self.numel * self.itemsize if self.is_read else 0
         if self.routing is not None:
-            return whole * self.routing.hit(tokens) / self.routing.experts
+            return whole * self.routing.hit(tokens * self.choices) / self.routing.experts
         if self.rows:
             return whole * min(tokens, self.rows) / self.rows
         return float(whole)
@@ -76,7 +78,7 @@ class Held:
 def held(graph: ProgramGraph) -> tuple[Held, ...]:
     """Every parameter, buffer and lifted constant of a graph after its passes, tied ones once."""
     parameters = graph.exported.graph_signature.inputs_to_parameters
-    routings = _routings(graph)
+    routings, choices = _routings(graph), _choices(graph)
     places = dict[object, list[Node]]()
     for node in graph.graph.find_nodes(op="placeholder"):
         if graph.parameter(node) is not None:
@@ -94,6 +96,7 @@ def held(graph: ProgramGraph) -> tuple[Held, ...]:
                 is_read=bool(reads),
                 rows=tensor.shape[0] if reads and all(_is_lookup(*read) for read in reads) else None,
                 routing=_in_common([routings.get(node) for node in nodes if node.users]),
+                choices=sum(choices[node] for node in nodes),
             )
         )
     return tuple(found)
@@ -131,6 +134,11 @@ def _routings(graph: ProgramGraph) -> dict[Node, Routing]:
             found[tensor] = mine if mine.share > known.share else known
     inside = feeders | set(layers)
     return {tensor: routing for tensor, routing in found.items() if _stays(tensor, inside)}
+
+
+def _choices(graph: ProgramGraph) -> Counter[Node]:
+    """Of how many fused ops each placeholder's tensor is one of the experts'."""
+    return Counter(tensor for layer in fused_ops(graph) for tensor in routed_tensors(graph, layer))
 
 
 def _feeders(layer: Node) -> set[Node]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import dsmoe_compiler as dsmoe
 from dsmoe_compiler.cost_model.held import Routing
@@ -49,6 +50,21 @@ def test_bytes_and_times_by_hand(seq: int) -> None:
     assert step.compute_seconds == pytest.approx(step.flops / 312e12)
     assert step.seconds == max(step.memory_seconds, step.compute_seconds)
     assert step.bound == ("compute" if seq == 5000 else "memory")
+
+
+class Twice(MoE):
+    """One layer's experts, chosen twice for each token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
+
+
+def test_experts_of_two_layers_are_chosen_twice() -> None:
+    model = Twice()
+    step = dsmoe.cost(model, (torch.randn(5, D),), seq=3).steps[-1]
+    routed = E * 3 * D * HIDDEN
+    dense = sum(p.numel() for p in model.parameters()) - routed
+    assert step.weight_bytes == pytest.approx(4 * (dense + routed * (1 - (1 - K / E) ** 6)))
 
 
 def test_products_take_as_long_as_their_dtype_does() -> None:
