@@ -28,7 +28,7 @@ _LENGTHS = (11, 13, 17, 19, 23, 29, 31)
 
 
 def hf_call(folder: Path, *, with_weights: bool) -> ModelCall:
-    """The causal language model of a folder with a config.json; on the meta device unless `with_weights`.
+    """The model of a folder with a config.json; on the meta device unless `with_weights`.
 
     Where the folder has no weights they are random, and a note says so. Nothing is downloaded, no code of the
     folder is run. Raises InputError, also without weights, when those that are there are not the model's.
@@ -61,8 +61,9 @@ def _of_transformers(
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        kind = _class_of(transformers, config)
         with torch.device("meta"):
-            outline = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            outline = kind._from_config(config)
     except Exception as e:  # whatever a foreign library raises about the user's file is about the file
         raise InputError(f"hf:{folder}: transformers does not understand its config.json: {e}") from e
     if in_memory:
@@ -73,8 +74,22 @@ def _of_transformers(
         return outline, ()
     if any(folder.glob(_PICKLED)):
         return _as_transformers_reads(folder, outline), ()
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model: nn.Module = kind._from_config(config)
     return model, (_random_note(folder),)
+
+
+def _class_of(transformers: Any, config: Any) -> Any:
+    """The class whose model was saved, where the configuration names one, else its language model, else its
+    model. Raises what transformers raises of a configuration that has none.
+    """
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    if found := next((kind for kind in named if kind is not None), None):
+        return found
+    doors = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
+    for door in (*doors, transformers.AutoModel):
+        if type(config) in door._model_mapping:
+            return door._model_mapping[type(config)]
+    raise ValueError(f"no class for model_type {config.model_type!r}")
 
 
 def _transformers() -> Any:
@@ -123,7 +138,12 @@ def _as_transformers_reads(folder: Path, outline: Any) -> nn.Module:
 
 
 def _example(model: nn.Module) -> dict[str, object]:
-    """`input_ids` of sizes that equal no dimension of the model, so that a graph cannot confuse the two."""
+    """`input_ids`, and for a decoder behind an encoder its ids and both masks, of sizes that equal no
+    dimension of the model, so that a graph cannot confuse the two; nothing for a model that takes no ids.
+    """
+    taken_by_name = inspect.signature(model.forward).parameters
+    if "input_ids" not in taken_by_name:
+        return {}
     vocabulary, integers = _sizes(model.config)
     taken = {size for tensor in model.parameters() for size in tensor.shape} | integers
     free = (
@@ -133,7 +153,11 @@ def _example(model: nn.Module) -> dict[str, object]:
     device = next(model.parameters()).device
     ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
     example: dict[str, object] = {"input_ids": ids.to(device)}
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if getattr(model.config, "is_encoder_decoder", False):
+        example["decoder_input_ids"] = ids.flip(1).to(device)
+        masks = {"attention_mask", "decoder_attention_mask"} & taken_by_name.keys()
+        example |= {name: torch.ones_like(ids, device=device) for name in sorted(masks)}
+    if "use_cache" in taken_by_name:
         example["use_cache"] = False
     return example
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,6 +231,35 @@ def test_a_transformers_folder_runs_as_its_example_says(folder: Path) -> None:
     with torch.no_grad():
         logits = found.model(*found.args, **found.kwargs).logits  # type: ignore[attr-defined]
     assert logits.shape[:2] == found.kwargs["input_ids"].shape  # type: ignore[attr-defined]
+
+
+SMALL = {"vocab_size": 96, "num_layers": 1, "num_heads": 2, "num_attention_heads": 2, "num_hidden_layers": 1}
+T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, **SMALL}
+BERT = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, **SMALL}
+VIT = {**BERT, "model_type": "vit", "image_size": 32, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "inputs"),
+    [
+        (T5, "T5ForConditionalGeneration", {"input_ids", "decoder_input_ids", "attention_mask"}),
+        (BERT | {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM", {"input_ids"}),
+        (BERT, "BertLMHeadModel", {"input_ids"}),
+        (VIT, "ViTModel", set()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_transformers_folder_of_another_kind(
+    here: Path, config: dict[str, Any], kind: str, inputs: set[str]
+) -> None:
+    pytest.importorskip("transformers")
+    (here / "config.json").write_text(json.dumps(config))
+    found = resolve(f"hf:{here}", (), with_weights=True)
+    assert type(found.model).__name__ == kind and inputs <= found.kwargs.keys()
+    assert bool(inputs) == bool(found.kwargs)
+    if inputs:
+        assert isinstance(found.model, nn.Module)
+        found.model(**found.kwargs)
 
 
 def test_a_transformers_folder_that_is_damaged(folder: Path, api: FakeApi) -> None:

@@ -127,7 +127,8 @@ class _Sentinels(nn.Module):
         rows.masked_fill_(elsewhere, 0.0)
         y = torch._grouped_mm(rows, self.up, offs=ends) + self.bias[ordered]
         y = y.masked_fill(elsewhere, 0.0) * weights.reshape(-1)[order, None]
-        return y[order.argsort()].view(*ids.shape, D).sum(1)
+        out: Tensor = y[order.argsort()].view(*ids.shape, D).sum(1)
+        return out
 
 
 def test_sentinels_that_no_id_is() -> None:
