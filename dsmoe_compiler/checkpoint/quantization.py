@@ -7,7 +7,7 @@ from collections.abc import Mapping
 _DEEPSEEK_BLOCK = (128, 128)  # what the released float8 checkpoints have, and the default
 
 
-def is_block_fp8(fields: Mapping[str, object]) -> bool:
+def is_plain_or_block_fp8(fields: Mapping[str, object]) -> bool:
     """Whether a config.json has no quantisation but float8 in blocks, which is undone while reading."""
     found = fields.get("quantization_config")
     return found is None or (isinstance(found, Mapping) and found.get("quant_method") == "fp8")

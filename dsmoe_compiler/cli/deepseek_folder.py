@@ -14,7 +14,7 @@ import torch
 
 from dsmoe_compiler.checkpoint.fill import fill, require_tensors
 from dsmoe_compiler.checkpoint.folder import holds_safetensors, open_checkpoint
-from dsmoe_compiler.checkpoint.quantization import fp8_block, is_block_fp8
+from dsmoe_compiler.checkpoint.quantization import fp8_block, is_plain_or_block_fp8
 from dsmoe_compiler.checkpoint.reader import Reader
 from dsmoe_compiler.checkpoint.sources import Source, main_dtype, with_scales
 from dsmoe_compiler.cli.config_json import read_config
@@ -61,7 +61,7 @@ def deepseek_outline(folder: Path, fields: Mapping[str, object]) -> Outline:
     """What a folder with these fields in its config.json holds, from the headers alone. Raises InputError."""
     try:
         published = from_published(fields)
-        if not is_block_fp8(fields):
+        if not is_plain_or_block_fp8(fields):
             raise ValueError(f"quantization_config is {fields['quantization_config']!r}; only fp8 is undone")
         block, dtype = fp8_block(fields), _dtype(fields)
     except ValueError as e:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dsmoe_compiler.checkpoint.folder import holds_safetensors, open_checkpoint
-from dsmoe_compiler.checkpoint.quantization import fp8_block, is_block_fp8
+from dsmoe_compiler.checkpoint.quantization import fp8_block, is_plain_or_block_fp8
 from dsmoe_compiler.checkpoint.sources import with_scales
 from dsmoe_compiler.cli.config_json import read_config
 from dsmoe_compiler.cli.deepseek_folder import MODEL_TYPE, deepseek_outline, filled
@@ -88,7 +88,8 @@ def _class_of(transformers: Any, config: Any) -> Any:
     doors = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
     for door in (*doors, transformers.AutoModel):
         if type(config) in door._model_mapping:
-            return door._model_mapping[type(config)]
+            found = door._model_mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
     raise ValueError(f"no class for model_type {config.model_type!r}")
 
 
@@ -109,7 +110,7 @@ def _from_safetensors(
     from dsmoe_compiler.cli.transformers_weights import Weights, load, require_fit
 
     tensors = open_checkpoint(folder)
-    if not is_block_fp8(fields):  # what only transformers knows to read
+    if not is_plain_or_block_fp8(fields):  # what only transformers knows to read
         return _as_transformers_reads(folder, outline) if in_memory else outline
     try:
         sources = with_scales(tensors, fp8_block(fields))

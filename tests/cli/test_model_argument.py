@@ -236,6 +236,7 @@ def test_a_transformers_folder_runs_as_its_example_says(folder: Path) -> None:
 SMALL = {"vocab_size": 96, "num_layers": 1, "num_heads": 2, "num_attention_heads": 2, "num_hidden_layers": 1}
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, **SMALL}
 BERT = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, **SMALL}
+FUNNEL = {"model_type": "funnel", "vocab_size": 96, "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64}
 VIT = {**BERT, "model_type": "vit", "image_size": 32, "patch_size": 8}
 
 
@@ -245,6 +246,7 @@ VIT = {**BERT, "model_type": "vit", "image_size": 32, "patch_size": 8}
         (T5, "T5ForConditionalGeneration", {"input_ids", "decoder_input_ids", "attention_mask"}),
         (BERT | {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM", {"input_ids"}),
         (BERT, "BertLMHeadModel", {"input_ids"}),
+        (FUNNEL, "FunnelModel", {"input_ids"}),
         (VIT, "ViTModel", set()),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
