@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 
 from dsmoe_compiler.codegen.gpu import Gpu
 from dsmoe_compiler.codegen.tiles import Decode, GemmTiles, GemvTiles, Grouped, Plan, Problem
+from dsmoe_compiler.codegen.user_cache import user_cache
 
 FORMAT = 1
 
@@ -93,10 +94,7 @@ def user_folder() -> Path:
     """Where the user's tables lie: `dsmoe/tuned/v1` in `$XDG_CACHE_HOME`, else in `~/.cache`. Tables of
     another format lie beside it, so that no version of the compiler writes over those of another.
     """
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path there is to be ignored (XDG base directory specification).
-    cache = Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~")) / ".cache"
-    return cache / "dsmoe" / "tuned" / f"v{FORMAT}"
+    return user_cache() / "tuned" / f"v{FORMAT}"
 
 
 def _file_name(gpu: Gpu) -> str:

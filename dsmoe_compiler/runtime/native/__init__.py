@@ -1,0 +1,1 @@
+"""The CPU kernels as a shared library: built on first use, kept, loaded, called."""
