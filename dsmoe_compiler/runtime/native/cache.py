@@ -3,7 +3,8 @@
     ~/.cache/dsmoe/native/4f2ab6c0d1e8f397-90ab12cd34ef5678.so
 
 The first part of a name stands for what is built and for which machines (the sources, the options, the
-processor's kind, the C library), the second for the compiler. Home folders are shared by machines that differ. Where there is no compiler, what any compiler has built serves.
+processor's kind, the C library), the second for the compiler: home folders are shared by machines that
+differ. Where there is no compiler, what any compiler has built serves.
 
 A file ends in the SHA-256 of what is before it, which a loader of libraries does not look at: one that is
 damaged is found out before it is loaded.
@@ -45,14 +46,7 @@ class Place:
     def of(sources: Mapping[str, bytes], compiler: Compiler | None) -> Place:
         """In the user's cache as it is now."""
         machine = (platform.machine(), *platform.libc_ver())
-        parts = (
-            _FORMAT,
-            dsmoe_compiler.__version__,
-            machine,
-            COMPILE,
-            link_options(),
-            sorted(sources.items()),
-        )
+        parts = (_FORMAT, machine, COMPILE, link_options(), sorted(sources.items()))
         return Place(user_cache() / "native", _hash(parts), None if compiler is None else _hash(compiler))
 
     @property
