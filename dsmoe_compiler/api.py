@@ -30,6 +30,7 @@ from dsmoe_compiler.program import Program, name_outputs
 from dsmoe_compiler.replay import replay, replay_routings
 from dsmoe_compiler.report.report import PassReport, Report
 from dsmoe_compiler.runtime.lower import BACKENDS, Backend, choose
+from dsmoe_compiler.runtime.native.library import describe
 from dsmoe_compiler.tracing.assumption import Assumption
 from dsmoe_compiler.turns import TURN
 from dsmoe_compiler.validate import validate
@@ -101,7 +102,7 @@ def inspect(
 
     Arguments and errors as for `compile`; `instruments` watch the passes.
     """
-    return optimize(
+    report = optimize(
         model,
         args,
         kwargs,
@@ -111,6 +112,7 @@ def inspect(
         progress=progress,
         instruments=instruments,
     ).report
+    return replace(report, kernels=describe())
 
 
 def cost(
@@ -368,7 +370,8 @@ def _lowered(captured: Captured, report: Report, backend: Backend, progress: Pro
     program.prepare()
     nodes = len(program.module.graph.nodes)
     lowering = PassReport("lower", time.perf_counter() - start, before, nodes, nodes != before, None)
-    return program.with_report(replace(report, passes=(*report.passes, lowering)))
+    kernels = describe() if backend == "cpu" else ""
+    return program.with_report(replace(report, passes=(*report.passes, lowering), kernels=kernels))
 
 
 def _unfused(request: _Request, program: Program, wrong: str, exact: bool) -> Program:

@@ -32,6 +32,7 @@ from dsmoe_compiler.quiet import silenced
 from dsmoe_compiler.report.report import Report
 from dsmoe_compiler.runtime.counting_form import counting_form
 from dsmoe_compiler.runtime.lower import Backend, choose, lower
+from dsmoe_compiler.runtime.native.library import describe
 from dsmoe_compiler.runtime.straight_line import straight_line
 from dsmoe_compiler.storages import Plan, content, memory, plain
 from dsmoe_compiler.turns import TURN, turn
@@ -137,7 +138,7 @@ class Program:
                 "torch": str(torch.__version__),
                 "call": {**asdict(self.call), "defaults": dict(self.call.defaults)},
                 "outputs": asdict(self.outputs),
-                "report": json.loads(self.report.to_json()),
+                "report": json.loads(replace(self.report, kernels="").to_json()),  # those are a machine's
                 "weights": asdict(plan),
             }
             texts = {"record": json.dumps(record).encode(), "graph": _graph(self.exported, tensors)}
@@ -175,7 +176,11 @@ def load(path: str | os.PathLike[str], *, backend: str = "auto") -> Program:
             reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
             versions = f"written with torch {writer}, this is torch {torch.__version__}"
             raise LoadError(f"{path}: cannot be read here: {reason} ({versions}); save it again") from e
-        return Program(exported, signature, outputs, report, choose(backend, exported))
+        chosen = choose(backend, exported)
+        # Its layers are run by what is here, not where it was saved.
+        kernels = describe() if chosen == "cpu" else ""
+        report = replace(report, backend=chosen, kernels=kernels)
+        return Program(exported, signature, outputs, report, chosen)
 
 
 def _tensors(exported: ExportedProgram) -> dict[str, Tensor]:

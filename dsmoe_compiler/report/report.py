@@ -68,7 +68,8 @@ class Report:
 
     `model` is the class or function name, `capture` how the graph was obtained, `backend` what runs the
     layers (None for an inspection), `program_error` the largest relative error of the whole program against
-    the model on the example inputs (None if not checked).
+    the model on the example inputs (None if not checked), `kernels` what a CPU runs them by ("native kernels,
+    amx"; "" where no CPU does).
     """
 
     model: str
@@ -78,6 +79,7 @@ class Report:
     backend: str | None = None
     program_error: float | None = None
     remarks: tuple[str, ...] = ()
+    kernels: str = ""
 
     @property
     def fused(self) -> int:

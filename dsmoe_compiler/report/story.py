@@ -51,7 +51,9 @@ def _headline(report: Report) -> str:
         return f"{report.model}: no Mixture-of-Experts layers; the model runs unchanged"
     facts = [report.capture]
     if report.backend:
-        facts.append(f"backend {report.backend}")
+        facts.append(f"backend {report.backend}" + (f" ({report.kernels})" if report.kernels else ""))
+    elif report.kernels:
+        facts.append(f"on a CPU: {report.kernels}")
     return f"{report.model}: {report.fused} of {len(report.layers)} MoE layers fused; {', '.join(facts)}"
 
 

@@ -29,10 +29,10 @@ def build(sources: Mapping[str, bytes], compiler: Compiler, folder: Path) -> Pat
             (folder / name).write_bytes(text)
         code, said = _run(_command(sources), compiler, folder)
     except OSError as e:
-        raise BuildFailed(f"the build could not be started ({e.strerror or e})") from e
+        raise BuildFailed(f"the C++ build could not be started ({e.strerror or e})") from e
     built = folder / f"{extension.NAME}.so"
     if code != 0 or not built.is_file():
-        raise BuildFailed(_reason(said, code))
+        raise BuildFailed(f"the C++ build failed: {_reason(said, code)}")
     return built
 
 

@@ -46,7 +46,9 @@ class Place:
     def of(sources: Mapping[str, bytes], compiler: Compiler | None) -> Place:
         """In the user's cache as it is now."""
         machine = (platform.machine(), *platform.libc_ver())
-        parts = (_FORMAT, machine, COMPILE, link_options(), sorted(sources.items()))
+        # Where torch is installed makes no difference, what its OpenMP is called does.
+        openmp = [Path(option).name for option in link_options()]
+        parts = (_FORMAT, machine, COMPILE, openmp, sorted(sources.items()))
         return Place(user_cache() / "native", _hash(parts), None if compiler is None else _hash(compiler))
 
     @property

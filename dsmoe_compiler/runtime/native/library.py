@@ -98,7 +98,7 @@ def describe() -> str:
         return kernels
     if not isinstance(compiler, Compiler):
         return _in_words(Unavailable(compiler.because))
-    return f"{kernels} (built when first used)"
+    return f"{kernels}, built when first used"
 
 
 _BY_CHOICE = Unavailable(f"{VARIABLE}={TORCH}")
