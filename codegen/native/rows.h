@@ -1,0 +1,182 @@
+// An expert's rows as rows: tokens and hidden rows lie one after the other, and products are taken along them.
+#pragma once
+#include "dots.h"
+#include "elementary.h"
+#include "panels.h"
+
+namespace {
+
+template <class Dot>
+struct ByRows {
+    using Weight = typename Dot::Weight;
+    using Token = typename Dot::Token;
+    static constexpr size_t kWeight = sizeof(Weight);
+
+    static int64_t padded(int64_t inputs) { return round_up(inputs, Dot::kStep); }
+
+    // x is read where it lies when it is as the products want it: of their type, and in whole steps.
+    static bool reads_x(const Ffn &f) {
+        return sizeof(Token) == element_bytes(f.dtype) && f.factor.count == 0 && f.hidden % Dot::kStep == 0;
+    }
+    static size_t packed_bytes(const Rows &rows) {
+        return reads_x(*rows.ffn) ? 0 : rows.count * padded(rows.ffn->hidden) * sizeof(Token);
+    }
+    static size_t hidden_bytes(const Rows &rows) { return rows.count * padded(rows.ffn->width) * sizeof(Token); }
+
+    static void pack(const Batch &batch, const Rows &rows, Worker &worker) {
+        const Ffn &f = *rows.ffn;
+        if (reads_x(f)) return;
+        const int64_t width = padded(f.hidden);
+        for (int32_t i = 0; i < rows.count; i++) {
+            Token *to = reinterpret_cast<Token *>(rows.packed) + i * width;
+            const int64_t pair = rows.pair(i);
+            const char *from = batch.x + pair / batch.slots * batch.per_token * element_bytes(f.dtype);
+            const float factor = factor_of(batch, f, pair, worker);
+            if (f.dtype == kFloat32) row(reinterpret_cast<const float *>(from), f.hidden, width, f, factor, to);
+            else row(reinterpret_cast<const uint16_t *>(from), f.hidden, width, f, factor, to);
+        }
+    }
+
+    static void first(const Batch &batch, const Rows &rows, const Range &range, Worker &worker) {
+        const Ffn &f = *rows.ffn;
+        const int64_t width = padded(f.width);
+        alignas(64) float sums[2][kDotTokens * kHiddenStep];
+        for (int64_t from = range.from; from < range.to; from += kHiddenStep) {
+            const int valid = static_cast<int>(from + kHiddenStep < range.to ? kHiddenStep : range.to - from);
+            Panel panels[2];
+            for (int p = 0; p < f.products; p++) panels[p] = panel(f.first[p], rows.expert, from, valid, f.hidden, p, worker);
+            const int groups = (valid + kDotRows - 1) / kDotRows;
+            Reader ahead(from + kHiddenStep < range.to ? before_first(rows, from + kHiddenStep, next_end(from, range)) : range.next,
+                         blocks(rows) * groups * f.products * (f.hidden / Dot::kStep));
+            for (int32_t begin = 0, n; begin < rows.count; begin += n) {
+                n = block(rows, begin);
+                const Token *x[kDotTokens];
+                for (int t = 0; t < n; t++) x[t] = token(batch, rows, begin + t);
+                for (int p = 0; p < f.products; p++) multiply(panels[p], valid, n, x, f.hidden, sums[p], kHiddenStep, ahead);
+                float weights[kDotTokens];
+                const Reads reads{{sums[0], sums[1]}, weights_of(batch, rows, begin, n, weights), f.vectors, rows.expert, from, valid};
+                const float *h = evaluate<false>(f.middle, reads, n, kHiddenStep, worker.values);
+                for (int t = 0; t < n; t++) {
+                    Token *to = reinterpret_cast<Token *>(rows.hidden) + (begin + t) * width + from;
+                    store(h + t * kHiddenStep, valid, to);
+                    if (from + valid == f.width) memset(to + valid, 0, (width - f.width) * sizeof(Token));
+                }
+            }
+        }
+    }
+
+    static void second(const Batch &batch, const Rows &rows, const Range &range, Worker &worker) {
+        const Ffn &f = *rows.ffn;
+        const int64_t width = padded(f.width);
+        constexpr int64_t kStep = kHiddenStep;  // two of them make a step of outputs
+        alignas(64) float sums[kDotTokens * kStep];
+        for (int64_t from = range.from; from < range.to; from += kStep) {
+            const int valid = static_cast<int>(from + kStep < range.to ? kStep : range.to - from);
+            const Panel rows_of = panel(f.down, rows.expert, from, valid, f.width, 0, worker);
+            const int groups = (valid + kDotRows - 1) / kDotRows;
+            const int64_t end = from + 2 * kStep < range.to ? from + 2 * kStep : range.to;
+            Reader ahead(from + kStep < range.to ? before_second(rows, from + kStep, end) : range.next,
+                         blocks(rows) * groups * (f.width / Dot::kStep));
+            for (int32_t begin = 0, n; begin < rows.count; begin += n) {
+                n = block(rows, begin);
+                const Token *h[kDotTokens];
+                for (int t = 0; t < n; t++) h[t] = reinterpret_cast<const Token *>(rows.hidden) + (begin + t) * width;
+                multiply(rows_of, valid, n, h, f.width, sums, kStep, ahead);
+                float weights[kDotTokens];
+                const Reads reads{{sums, nullptr}, weights_of(batch, rows, begin, n, weights), f.vectors, rows.expert, from, valid};
+                const float *y = evaluate<false>(f.last, reads, n, kStep, worker.values);
+                for (int t = 0; t < n; t++) store(y + t * kStep, valid, batch.y + rows.pair(begin + t) * f.out + from);
+            }
+        }
+    }
+
+  private:
+    // Tokens in blocks that differ by one at most.
+    static int32_t blocks(const Rows &rows) { return (rows.count + kDotTokens - 1) / kDotTokens; }
+    static int32_t block(const Rows &rows, int32_t begin) {
+        const int32_t count = blocks(rows);
+        const int32_t at = static_cast<int32_t>((static_cast<int64_t>(begin) * count + rows.count - 1) / rows.count);
+        return static_cast<int32_t>(static_cast<int64_t>(rows.count) * (at + 1) / count) - begin;
+    }
+
+    static int64_t next_end(int64_t from, const Range &range) {
+        return from + 2 * kHiddenStep < range.to ? from + 2 * kHiddenStep : range.to;
+    }
+
+    static const Token *token(const Batch &batch, const Rows &rows, int32_t i) {
+        if (!reads_x(*rows.ffn)) return reinterpret_cast<const Token *>(rows.packed) + i * padded(rows.ffn->hidden);
+        return reinterpret_cast<const Token *>(batch.x) + rows.pair(i) / batch.slots * batch.per_token;
+    }
+
+    static Panel panel(const Matrix &m, int64_t expert, int64_t output, int64_t outputs, int64_t inputs, int which, Worker &worker) {
+        if (m.per_input == 1) return in_place(m, kWeight, expert, output);
+        char *to = worker.panels + which * kHiddenStep * padded(inputs) * kWeight;
+        return copied(m, kWeight, expert, output, outputs, outputs, inputs, padded(inputs), to);
+    }
+
+    static void multiply(const Panel &panel, int valid, int n, const Token *const *x, int64_t inputs, float *sums, int stride,
+                         Reader &ahead) {
+        for (int r = 0; r < valid; r += kDotRows) {
+            const Weight *w[kDotRows];
+            for (int i = 0; i < kDotRows; i++)  // past the last row, the last one again
+                w[i] = reinterpret_cast<const Weight *>(panel.row(r + i < valid ? r + i : valid - 1));
+            dots<Dot>(n, w, x, inputs, sums + r, stride, ahead);
+        }
+    }
+
+    static const float *weights_of(const Batch &batch, const Rows &rows, int32_t begin, int n, float *to) {
+        if (batch.weights)
+            for (int t = 0; t < n; t++) to[t] = batch.weights[rows.pair(begin + t)];
+        return to;
+    }
+
+    template <class T>
+    static void store(const float *from, int n, T *to) {
+        int i = 0;
+        for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::load(from + i).store(to + i);
+        if (i < n) Vec::load(from + i).store(to + i, n - i);
+    }
+
+    // A token's row as the products read it, times its factor, rounded where x's type rounds, and zeros behind it.
+    template <class From>
+    static void row(const From *from, int64_t n, int64_t width, const Ffn &f, float factor, Token *to) {
+        const bool scaled = f.factor.count > 0;
+        for (int64_t i = 0; i < n; i += Vec::kLanes) {
+            const int there = static_cast<int>(n - i < Vec::kLanes ? n - i : Vec::kLanes);
+            Vec v = there < Vec::kLanes ? Vec::load(from + i, there) : Vec::load(from + i);
+            if (scaled) v = f.dtype == kBfloat16 ? round_bfloat16(v * Vec::of(factor)) : v * Vec::of(factor);
+            if (there < Vec::kLanes) v.store(to + i, there);
+            else v.store(to + i);
+        }
+        memset(to + n, 0, (width - n) * sizeof(Token));
+    }
+
+  public:
+    static float factor_of(const Batch &batch, const Ffn &f, int64_t pair, Worker &worker) {
+        if (f.factor.count == 0) return 1.f;
+        float weight[Vec::kLanes];
+        for (float &w : weight) w = batch.weights[pair];
+        const Reads reads{{nullptr, nullptr}, weight, nullptr, 0, 0, 1};
+        return evaluate<true>(f.factor, reads, 1, Vec::kLanes, worker.values)[0];
+    }
+};
+
+// out[i] = Σ of the rows' numbers at i.
+inline void add_rows(const float *const *rows, int count, int64_t width, int32_t dtype, void *out) {
+    int64_t i = 0;
+    for (; i < width; i += Vec::kLanes) {
+        const int there = static_cast<int>(width - i < Vec::kLanes ? width - i : Vec::kLanes);
+        const bool whole = there == Vec::kLanes;
+        Vec sum = Vec::of(0.f);
+        for (int r = 0; r < count; r++) sum = sum + (whole ? Vec::load(rows[r] + i) : Vec::load(rows[r] + i, there));
+        if (dtype == kFloat32) {
+            float *to = static_cast<float *>(out) + i;
+            whole ? sum.store(to) : sum.store(to, there);
+        } else {
+            uint16_t *to = static_cast<uint16_t *>(out) + i;
+            whole ? sum.store(to) : sum.store(to, there);
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,110 @@
+"""A fused layer by the native kernels: its FFNs bound to the tensors they read, and the call.
+
+Shapes: x_TD, ids_TK, weights_TK.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsmoe_compiler.codegen.ffn import Unsupported, as_ffn
+from dsmoe_compiler.ir import reference
+from dsmoe_compiler.ir.body import Body
+from dsmoe_compiler.ir.spec import ExpertsSpec, SharedSpec
+from dsmoe_compiler.runtime.layers import operand
+from dsmoe_compiler.runtime.native.library import LEVELS, Library
+from dsmoe_compiler.runtime.native.structs import DTYPES, CCall, CFfn, c_ffn
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Routed experts, and shared ones where there are any, ready to be called. `tensors` are what the
+    structures point at.
+    """
+
+    library: Library
+    routed: CFfn
+    shared: CFfn | None
+    out_dtype: torch.dtype
+    tensors: tuple[Tensor, ...]
+
+    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """out (T, out width). Raises IndexError on an id that is no expert's."""
+        if x_TD.stride(1) != 1:
+            x_TD = x_TD.contiguous()
+        ids_TK = ids_TK.to(torch.int64).contiguous()
+        weights_TK = weights_TK.contiguous()
+        tokens, slots = ids_TK.shape
+        out = torch.empty(tokens, self.routed.out, dtype=self.out_dtype)
+        call = CCall(
+            x_TD.data_ptr(),
+            x_TD.stride(0),
+            tokens,
+            slots,
+            ids_TK.data_ptr(),
+            weights_TK.data_ptr(),
+            DTYPES[weights_TK.dtype],
+            DTYPES[self.out_dtype],
+            out.data_ptr(),
+            torch.get_num_threads(),
+            LEVELS.index(self.library.level) + 1,
+        )
+        shared = None if self.shared is None else ctypes.byref(self.shared)
+        status = self.library.handle.dsmoe_run(ctypes.byref(self.routed), shared, ctypes.byref(call))
+        if status == _BAD_EXPERT:
+            raise IndexError(f"an expert id is not in [0, {self.routed.experts}), nor −1 for none")
+        if status == _NO_MEMORY:
+            raise MemoryError(f"no memory for {tokens} tokens of a layer's experts")
+        assert status == 0, status
+        return out
+
+
+_BAD_EXPERT, _NO_MEMORY = 1, 2
+
+
+def bind(
+    library: Library,
+    spec: ExpertsSpec,
+    x: Tensor,
+    weights: Tensor,
+    params: Sequence[Tensor],
+    shared_spec: SharedSpec | None = None,
+    shared: Sequence[Tensor] = (),
+) -> Layer:
+    """The layer on these tensors, for x and weights that are like those given.
+
+    Raises Unsupported where the kernels cannot run it.
+    """
+    width, row = reference.row_shape(spec, x, weights, params)
+    out = reference.out_dtype(spec, row)
+    routed = _ffn(spec.body, spec.hidden, spec.count, x.dtype, params)
+    always = None
+    if shared_spec is not None:
+        stacked = [p.unsqueeze(0) for p in shared]
+        always = _ffn(shared_spec.body, spec.hidden, 1, x.dtype, stacked)
+        row = reference.evaluate(
+            shared_spec.body, _one(x, spec.hidden), None, [p.to("meta") for p in shared]
+        ).dtype
+        out = torch.promote_types(out, row)
+        if always.out != routed.out:
+            raise Unsupported("its shared experts' outputs are of another width")
+    if out not in DTYPES or weights.dtype not in DTYPES:
+        raise Unsupported(f"its outputs are {out}, its routing weights {weights.dtype}")
+    assert routed.out == width
+    return Layer(library, routed, always, out, (*params, *shared))
+
+
+def _ffn(body: Body, hidden: int, experts: int, dtype: torch.dtype, params: Sequence[Tensor]) -> CFfn:
+    made = c_ffn(as_ffn(body, hidden, [operand(p) for p in params]), experts, params)
+    if made.dtype != DTYPES.get(dtype):
+        raise Unsupported(f"its tokens are {dtype}, its matrices are not")
+    return made
+
+
+def _one(x: Tensor, hidden: int) -> Tensor:
+    return torch.empty(1, hidden, dtype=x.dtype, device="meta")
