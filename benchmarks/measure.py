@@ -1,8 +1,5 @@
-"""What every benchmark here measures with: interleaved rounds, targets, fresh processes, the machine's facts.
-
-Other work on a machine slows calls by factors, now one, now another. So candidates take turns within one run,
-each ratio is taken within a round, where both sides had the same disturbance or none, and rounds in which the
-scheduler took the processor away are left out while quieter ones exist.
+"""What every benchmark here measures with: interleaved rounds (those of `dsmoe bench`), targets, fresh
+processes, the machine's facts.
 """
 
 from __future__ import annotations
@@ -11,11 +8,9 @@ import json
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -25,56 +20,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dsmoe_compiler.cli.measure import Rounds as Rounds
+from dsmoe_compiler.cli.measure import interleaved as interleaved
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """Seconds of each candidate, round by round: `seconds[name][i]` is of round i, for every name."""
-
-    seconds: Mapping[str, tuple[float, ...]]
-    discarded: int
-
-    def median(self, name: str) -> float:
-        """The median round of a candidate, in seconds."""
-        return statistics.median(self.seconds[name])
-
-    def ratio(self, slow: str, fast: str) -> float:
-        """How many times `fast` is faster than `slow`: the median of the rounds' own ratios."""
-        pairs = zip(self.seconds[slow], self.seconds[fast], strict=True)
-        return statistics.median(a / b for a, b in pairs)
-
-
-def interleaved(
-    candidates: Mapping[str, Callable[[int], object]],
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Rounds:
-    """Call every candidate once a round, with the round's number; wall time unless `clock` tells another.
-
-    The order turns from round to round. One warm-up round comes first. Of the measured rounds the half with
-    the fewest preemptions is kept: on a quiet machine any half is as good as another.
-    """
-    for call in candidates.values():
-        call(0)
-    taken: list[tuple[int, dict[str, float]]] = []
-    for i in range(rounds):
-        names = list(candidates)[:: 1 if i % 2 else -1]
-        before = _preemptions()
-        times = {name: _seconds(candidates[name], i, clock) for name in names}
-        taken.append((_preemptions() - before, times))
-    kept = sorted(taken, key=lambda r: r[0])[: (rounds + 1) // 2]
-    return Rounds({n: tuple(times[n] for _, times in kept) for n in candidates}, rounds - len(kept))
-
-
-def _seconds(call: Callable[[int], object], round_number: int, clock: Callable[[], float]) -> float:
-    start = clock()
-    call(round_number)
-    return clock() - start
-
-
-def _preemptions() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 @dataclass(frozen=True)
