@@ -7,7 +7,10 @@ nor torch. What the compiler says goes to the standard output.
 from __future__ import annotations
 
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 NAME = "dsmoe_native"
 
@@ -17,13 +20,27 @@ def build(sources: list[str], compile_options: list[str], link_options: list[str
     from setuptools import Distribution, Extension
     from torch.utils.cpp_extension import BuildExtension
 
+    class Build(BuildExtension):
+        """As many files at a time as there are cores: setuptools takes one after the other."""
+
+        def build_extension(self, ext: Any) -> None:
+            def compiled(source: str) -> list[str]:
+                objects: list[str] = self.compiler.compile(
+                    [source], output_dir=self.build_temp, extra_postargs=ext.extra_compile_args
+                )
+                return objects
+
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                ext.extra_objects = [each for one in pool.map(compiled, ext.sources) for each in one]
+            ext.sources = []
+            super().build_extension(ext)
+
     extension = Extension(
         NAME, sources, language="c++", extra_compile_args=compile_options, extra_link_args=link_options
     )
     # Not `setup()`: that would read the user's configuration files too.
     distribution = Distribution({"name": NAME, "ext_modules": [extension]})
-    options = {"use_ninja": False, "no_python_abi_suffix": True}
-    command = BuildExtension.with_options(**options)(distribution)  # type: ignore[no-untyped-call]
+    command = Build(distribution, use_ninja=False, no_python_abi_suffix=True)
     command.build_lib, command.build_temp = ".", "objects"
     command.ensure_finalized()
     command.run()
