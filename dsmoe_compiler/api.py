@@ -31,6 +31,7 @@ from dsmoe_compiler.replay import replay, replay_routings
 from dsmoe_compiler.report.report import PassReport, Report
 from dsmoe_compiler.runtime.lower import BACKENDS, Backend, choose
 from dsmoe_compiler.runtime.native.library import describe
+from dsmoe_compiler.runtime.native.reasons import not_native
 from dsmoe_compiler.tracing.assumption import Assumption
 from dsmoe_compiler.turns import TURN
 from dsmoe_compiler.validate import validate
@@ -370,8 +371,21 @@ def _lowered(captured: Captured, report: Report, backend: Backend, progress: Pro
     program.prepare()
     nodes = len(program.module.graph.nodes)
     lowering = PassReport("lower", time.perf_counter() - start, before, nodes, nodes != before, None)
-    kernels = describe() if backend == "cpu" else ""
-    return program.with_report(replace(report, passes=(*report.passes, lowering), kernels=kernels))
+    report = replace(report, passes=(*report.passes, lowering))
+    return program.with_report(_on_cpu(report, captured) if backend == "cpu" else report)
+
+
+def _on_cpu(report: Report, captured: Captured) -> Report:
+    """The report, saying what runs the fused layers on a CPU."""
+    names = {layer.op: layer.name for layer in report.layers if layer.op}
+    left = {name: why for group, why in not_native(ProgramGraph(captured.exported), names) for name in group}
+    layers = tuple(
+        replace(x, remarks=(*x.remarks, f"run by torch's operators on a CPU: {left[x.name]}"))
+        if x.fused and x.name in left
+        else x
+        for x in report.layers
+    )
+    return replace(report, layers=layers, kernels=describe())
 
 
 def _unfused(request: _Request, program: Program, wrong: str, exact: bool) -> Program:
