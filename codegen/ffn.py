@@ -58,7 +58,7 @@ class _Columns:
 
 def as_ffn(body: Body, hidden: int, params: Sequence[Operand]) -> Ffn:
     """The body in the kernels' form; `params` are its tensors, the experts first. Raises Unsupported."""
-    widths = _widths(body, hidden, params)
+    widths = row_widths(body, hidden, params)
     last = Term()
     reader = _Reader(body, widths, last)
     last.result = reader.read(body.result, _Columns(0, 1, widths[body.result]))
@@ -177,7 +177,7 @@ def _under_casts(body: Body, at: int) -> str:
     return body.steps[at].op
 
 
-def _widths(body: Body, hidden: int, params: Sequence[Operand]) -> list[int]:
+def row_widths(body: Body, hidden: int, params: Sequence[Operand]) -> list[int]:
     """How many numbers each step's row has; 1 where it is one number for all columns."""
     widths = list[int]()
     for step in body.steps:

@@ -3,6 +3,7 @@
 // Letters: T tokens, D model width, F hidden width of an expert, E experts, K slots of a token, P = T·K pairs.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 
@@ -49,10 +50,19 @@ struct Call {
     int64_t per_token;     // from one of x's rows to the next
     int64_t tokens, slots;
     const int64_t *ids;    // (T, K), dense
-    const void *weights;   // (T, K), dense
-    int32_t weights_dtype;
-    int32_t out_dtype;
+    const void *weights;   // (T, K), dense; null where no term reads them
+    const void *gates;     // (T,), dense: the weights of the shared experts; null likewise
+    int32_t weights_dtype, gates_dtype, out_dtype;
     void *out;             // (T, out), dense
     int32_t threads;
     int32_t level;
 };
+
+// A number of a tensor. (Static: every level compiles its own.)
+static inline float number(const void *data, int32_t dtype, int64_t at) {
+    if (dtype == kFloat32) return static_cast<const float *>(data)[at];
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t *>(data)[at]) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}

@@ -92,14 +92,6 @@ struct Reads {
     int valid;  // outputs that there are
 };
 
-inline float number(const void *data, int32_t dtype, int64_t at) {
-    if (dtype == kFloat32) return static_cast<const float *>(data)[at];
-    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t *>(data)[at]) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // A leaf's numbers, spread over a block.
 template <bool kTokensInLanes>
 inline void spread(const Instruction &line, const Reads &reads, int rows, int columns, float *to) {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <new>
 #include <vector>
 
@@ -114,7 +113,8 @@ class Turn {
         b.per_token = call_.per_token;
         const bool routed = rows.ffn == &routed_;
         b.slots = routed ? call_.slots : 1;
-        b.weights = routed ? weights_.data() : nullptr;
+        const std::vector<float> &weights = routed ? weights_ : gates_;
+        b.weights = weights.empty() ? nullptr : weights.data();
         b.y = routed ? y_ : y_ + count_ * call_.slots * routed_.out;
         return b;
     }
@@ -131,8 +131,8 @@ class Turn {
         std::vector<int32_t> at(start.begin(), start.end() - 1);
         for (int64_t p = 0; p < pairs; p++)
             if (ids[p] >= 0) order_[at[ids[p]]++] = static_cast<int32_t>(p);
-        weights_.resize(pairs);
-        for (int64_t p = 0; call_.weights && p < pairs; p++) weights_[p] = weight(begin_ * call_.slots + p);
+        widen(weights_, call_.weights, call_.weights_dtype, begin_ * call_.slots, pairs);
+        widen(gates_, call_.gates, call_.gates_dtype, begin_, count_);
         items_.clear();
         if (shared_) add_items(items_, *shared_, 0, nullptr, 0, static_cast<int32_t>(count_), kernels_);
         for (int64_t e = 0; e < routed_.experts; e++)
@@ -140,12 +140,9 @@ class Turn {
         std::stable_sort(items_.begin(), items_.end(), [](const Item &a, const Item &b) { return a.cost > b.cost; });
     }
 
-    float weight(int64_t pair) const {
-        if (call_.weights_dtype == kFloat32) return static_cast<const float *>(call_.weights)[pair];
-        const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t *>(call_.weights)[pair]) << 16;
-        float value;
-        std::memcpy(&value, &bits, sizeof value);
-        return value;
+    static void widen(std::vector<float> &to, const void *from, int32_t dtype, int64_t begin, int64_t count) {
+        to.resize(from ? count : 0);
+        for (size_t i = 0; i < to.size(); i++) to[i] = number(from, dtype, begin + static_cast<int64_t>(i));
     }
 
     char *place(Rows &rows, char *at) const {
@@ -231,7 +228,7 @@ class Turn {
     int threads_ = 1;
     float *y_ = nullptr;
     std::vector<int32_t> order_;
-    std::vector<float> weights_;
+    std::vector<float> weights_, gates_;
     std::vector<Item> items_;
     std::vector<Share> firsts_, seconds_;
     std::vector<const float *> added_;  // each thread's, while it adds up

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_compiler.codegen.ffn import Unsupported, as_ffn
+from dsmoe_compiler.codegen.gate import split_gate
 from dsmoe_compiler.ir import reference
 from dsmoe_compiler.ir.body import Body
 from dsmoe_compiler.ir.spec import ExpertsSpec, SharedSpec
@@ -23,15 +24,17 @@ from dsmoe_compiler.runtime.native.structs import DTYPES, CCall, CFfn, c_ffn
 
 @dataclass(frozen=True)
 class Layer:
-    """Routed experts, and shared ones where there are any, ready to be called. `tensors` are what the
-    structures point at.
+    """Routed experts, and shared ones where there are any, ready to be called. `gate` weighs the shared
+    experts, if it is given, by their tensors `shared`; the structures point at `params` and `shared`.
     """
 
     library: Library
     routed: CFfn
-    shared: CFfn | None
+    always: CFfn | None
+    gate: Body | None
     out_dtype: torch.dtype
-    tensors: tuple[Tensor, ...]
+    params: tuple[Tensor, ...]
+    shared: tuple[Tensor, ...]
 
     def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """out (T, out width). Raises IndexError on an id that is no expert's."""
@@ -39,6 +42,9 @@ class Layer:
             x_TD = x_TD.contiguous()
         ids_TK = ids_TK.to(torch.int64).contiguous()
         weights_TK = weights_TK.contiguous()
+        gates_T = None
+        if self.gate:
+            gates_T = reference.evaluate(self.gate, x_TD, None, self.shared).contiguous()
         tokens, slots = ids_TK.shape
         out = torch.empty(tokens, self.routed.out, dtype=self.out_dtype)
         call = CCall(
@@ -48,14 +54,16 @@ class Layer:
             slots,
             ids_TK.data_ptr(),
             weights_TK.data_ptr(),
+            None if gates_T is None else gates_T.data_ptr(),
             DTYPES[weights_TK.dtype],
+            0 if gates_T is None else DTYPES[gates_T.dtype],
             DTYPES[self.out_dtype],
             out.data_ptr(),
             torch.get_num_threads(),
             LEVELS.index(self.library.level) + 1,
         )
-        shared = None if self.shared is None else ctypes.byref(self.shared)
-        status = self.library.handle.dsmoe_run(ctypes.byref(self.routed), shared, ctypes.byref(call))
+        always = None if self.always is None else ctypes.byref(self.always)
+        status = self.library.handle.dsmoe_run(ctypes.byref(self.routed), always, ctypes.byref(call))
         if status == _BAD_EXPERT:
             raise IndexError(f"an expert id is not in [0, {self.routed.experts}), nor −1 for none")
         if status == _NO_MEMORY:
@@ -80,31 +88,31 @@ def bind(
 
     Raises Unsupported where the kernels cannot run it.
     """
-    width, row = reference.row_shape(spec, x, weights, params)
-    out = reference.out_dtype(spec, row)
-    routed = _ffn(spec.body, spec.hidden, spec.count, x.dtype, params)
-    always = None
+    out = reference.out_dtype(spec, reference.row_shape(spec, x, weights, params)[1])
+    routed = _ffn(spec.body, spec.hidden, spec.count, x, params)
+    always, gate = None, None
     if shared_spec is not None:
         stacked = [p.unsqueeze(0) for p in shared]
-        always = _ffn(shared_spec.body, spec.hidden, 1, x.dtype, stacked)
-        row = reference.evaluate(
-            shared_spec.body, _one(x, spec.hidden), None, [p.to("meta") for p in shared]
-        ).dtype
-        out = torch.promote_types(out, row)
+        body, gate = split_gate(shared_spec.body, spec.hidden, [operand(p) for p in stacked])
+        always = _ffn(body, spec.hidden, 1, x, stacked)
         if always.out != routed.out:
-            raise Unsupported("its shared experts' outputs are of another width")
+            raise Unsupported("their outputs are of another width")
+        out = torch.promote_types(out, _row_dtype(shared_spec.body, spec.hidden, x, shared))
+        if gate and _row_dtype(gate, spec.hidden, x, shared) not in DTYPES:
+            raise Unsupported("their gate is of another dtype")
     if out not in DTYPES or weights.dtype not in DTYPES:
         raise Unsupported(f"its outputs are {out}, its routing weights {weights.dtype}")
-    assert routed.out == width
-    return Layer(library, routed, always, out, (*params, *shared))
+    return Layer(library, routed, always, gate, out, tuple(params), tuple(shared))
 
 
-def _ffn(body: Body, hidden: int, experts: int, dtype: torch.dtype, params: Sequence[Tensor]) -> CFfn:
+def _ffn(body: Body, hidden: int, experts: int, x: Tensor, params: Sequence[Tensor]) -> CFfn:
     made = c_ffn(as_ffn(body, hidden, [operand(p) for p in params]), experts, params)
-    if made.dtype != DTYPES.get(dtype):
-        raise Unsupported(f"its tokens are {dtype}, its matrices are not")
+    if made.dtype != DTYPES.get(x.dtype):
+        raise Unsupported(f"its tokens are {x.dtype}, its matrices are not")
     return made
 
 
-def _one(x: Tensor, hidden: int) -> Tensor:
-    return torch.empty(1, hidden, dtype=x.dtype, device="meta")
+def _row_dtype(body: Body, hidden: int, x: Tensor, params: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the body's rows."""
+    row = torch.empty(1, hidden, dtype=x.dtype, device="meta")
+    return reference.evaluate(body, row, None, [p.to("meta") for p in params]).dtype
