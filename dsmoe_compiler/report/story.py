@@ -36,7 +36,11 @@ def tell(report: Report, width: int) -> Story:
     form and the legend the whole one.
     """
     layers, shortened = (None, False) if not report.layers else _map(report.layers, width)
-    legend = [*_common(report.layers), *(_whole_specs(report.layers) if shortened else [])]
+    legend = [
+        *_common(report.layers),
+        *(_whole_specs(report.layers) if shortened else []),
+        *([f"on a CPU: {report.kernels}"] if _would_run(report) else []),
+    ]
     return Story(
         tuple(_wrapped([_headline(report)], width)),
         layers,
@@ -52,9 +56,12 @@ def _headline(report: Report) -> str:
     facts = [report.capture]
     if report.backend:
         facts.append(f"backend {report.backend}" + (f" ({report.kernels})" if report.kernels else ""))
-    elif report.kernels:
-        facts.append(f"on a CPU: {report.kernels}")
     return f"{report.model}: {report.fused} of {len(report.layers)} MoE layers fused; {', '.join(facts)}"
+
+
+def _would_run(report: Report) -> bool:
+    """Whether nothing was compiled, and it is known what a CPU would run the fused layers by."""
+    return report.backend is None and bool(report.kernels) and report.fused > 0
 
 
 def _map(layers: tuple[LayerReport, ...], width: int) -> tuple[Grid, bool]:

@@ -1,5 +1,7 @@
 """What `str(report)` shows: every layer on a line of its own, refusals with their reason, 80 columns."""
 
+from dataclasses import replace
+
 from dsmoe_compiler.ir.errors import Refusal
 from dsmoe_compiler.ir.spec import MoESpec
 from dsmoe_compiler.report.report import LayerReport, Report
@@ -32,6 +34,18 @@ def test_the_headline_counts(big: Report, mixed: Report) -> None:
         "an inspection has no backend"
     )
     assert render(mixed).startswith("Mixed: 3 of 4 MoE layers fused; export, backend cpu\n")
+
+
+def test_what_a_cpu_runs_the_layers_by(big: Report, mixed: Report) -> None:
+    headline = " ".join(
+        line.strip()
+        for line in render(replace(mixed, kernels="native kernels, amx")).split("\n\n")[0].splitlines()
+    )
+    assert headline.endswith("backend cpu (native kernels, amx)")
+    text = render(replace(big, kernels="native kernels, amx"))
+    assert "\non a CPU: native kernels, amx\n" in text and "backend" not in text
+    refused = tuple(replace(layer, fused=False) for layer in big.layers)
+    assert "on a CPU" not in render(replace(big, layers=refused, kernels="native kernels, amx"))
 
 
 def test_a_refusal_stands_below_its_layer(mixed: Report) -> None:
