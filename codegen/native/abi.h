@@ -31,13 +31,15 @@ struct Instruction {
 struct Term {
     const Instruction *lines;
     int32_t count;
+    int32_t weighs;  // whether a line reads the token's weight
 };
 
-// FFNs that lie alike: y = last(down · middle(first[0] · x', first[1] · x')), x' = x · factor(w).
+// FFNs that lie alike: y = last(down · middle(first[0] · x', first[1] · x')), x' = x · factor(w), times w if weighted.
 struct Ffn {
     int64_t experts, hidden, width, out;  // E, D, F, and the outputs' width
     int32_t dtype;                        // of x and of the matrices
     int32_t products;                     // 1 or 2
+    int32_t weighted;
     Matrix first[2];                      // (F, D) each
     Matrix down;                          // (out, F)
     Term factor, middle, last;

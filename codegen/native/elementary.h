@@ -28,21 +28,25 @@ inline Vec polynomial(Vec x, const float (&coefficients)[N]) {
     return p;
 }
 
-// eˣ to 2 units in the last place, by 2ⁿ·e^r with |r| ≤ ln 2 / 2 (Cephes expf); what is below 2⁻¹²⁵ is 0.
-inline Vec exponential(Vec x) {
+constexpr float kLow = -86.64339f;  // e to it is 2⁻¹²⁵
+
+// eˣ to 2 units in the last place, by 2ⁿ·e^r with |r| ≤ ln 2 / 2 (Cephes expf); 2⁻¹²⁵ for all that is below it.
+inline Vec exponential_above(Vec x) {
     const float terms[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                            4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-    const Vec low = Vec::of(-86.64339f), high = Vec::of(88.722839f), one = Vec::of(1.f);
-    const Vec inside = clamp(x, low, high);
+    const Vec one = Vec::of(1.f), inside = clamp(x, Vec::of(kLow), Vec::of(89.4f));  // the upper one is past infinity
     const Vec n = nearest_integer(inside * Vec::of(1.44269504088896341f));
     Vec r = fma(n, Vec::of(-0.693359375f), inside);
     r = fma(n, Vec::of(2.12194440e-4f), r);
     const Vec e = fma(polynomial(r, terms), r * r, r) + one;
-    const Vec scaled = scale_by_power(e + e, n - one);  // 2¹²⁸ is no number, 2·2¹²⁷ is infinity where it has to be
-    return select(less(x, low), Vec::of(0.f), select(less(high, x), Vec::of(INFINITY), scaled));
+    return scale_by_power(e + e, n - one);  // 2¹²⁸ is no number, 2·2¹²⁷ is infinity where it has to be
 }
 
-inline Vec sigmoid(Vec x) { return Vec::of(1.f) / (Vec::of(1.f) + exponential(Vec::of(0.f) - x)); }
+inline Vec exponential(Vec x) { return select(less(x, Vec::of(kLow)), Vec::of(0.f), exponential_above(x)); }
+
+inline Vec sigmoid(Vec x) { return Vec::of(1.f) / (Vec::of(1.f) + exponential_above(Vec::of(0.f) - x)); }
+
+inline Vec silu(Vec x) { return x / (Vec::of(1.f) + exponential_above(Vec::of(0.f) - x)); }
 
 // Cephes tanhf: a polynomial near 0, by eˣ elsewhere.
 inline Vec hyperbolic_tangent(Vec x) {

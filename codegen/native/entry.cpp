@@ -41,17 +41,23 @@ Level best() {
 Level best() { return kNone; }
 #endif
 
+// Found out once, and with it whether tiles may be used.
+Level machine() {
+    static const Level found = best();
+    return found;
+}
+
 }  // namespace
 
 // The best level of this machine: 0 none, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx.
-DSMOE_API int32_t dsmoe_best_level() { return best(); }
+DSMOE_API int32_t dsmoe_best_level() { return machine(); }
 
 // Lines of a term at most.
 DSMOE_API int32_t dsmoe_max_lines() { return kMaxLines; }
 
-// One layer; `shared` may be null. 0 done, 1 an id is no expert's, 2 out of memory, 3 no such level.
+// One layer; `shared` may be null. 0 done, 1 an id is no expert's, 2 out of memory, 3 not a level of this machine.
 DSMOE_API int32_t dsmoe_run(const Ffn *routed, const Ffn *shared, const Call *call) {
     const Kernels *const levels[] = {&kAvx2, &kAvx512, &kAvx512Bf16, &kAmx};
-    if (call->level < 1 || call->level > 4) return 3;
+    if (call->level < 1 || call->level > machine()) return 3;
     return run(*routed, shared, *call, *levels[call->level - 1]);
 }

@@ -57,8 +57,8 @@ struct Kernels {
     void (*pack)(const Batch &, const Rows &, Worker &);
     void (*first)(const Batch &, const Rows &, const Range &, Worker &);
     void (*second)(const Batch &, const Rows &, const Range &, Worker &);
-    // out[i] = Σ over `rows` of rows[r][i], in their order, as float32 or bfloat16.
-    void (*add)(const float *const *rows, int count, int64_t width, int32_t dtype, void *out);
+    // out[i] = Σ factors[r] · rows[r][i], in their order, as float32 or bfloat16.
+    void (*add)(const float *const *rows, const float *factors, int count, int64_t width, int32_t dtype, void *out);
 };
 
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmx;

@@ -54,7 +54,7 @@ struct ByRows {
                 for (int t = 0; t < n; t++) x[t] = token(batch, rows, begin + t);
                 for (int p = 0; p < f.products; p++) multiply(panels[p], valid, n, x, f.hidden, sums[p], kHiddenStep, ahead);
                 float weights[kDotTokens];
-                const Reads reads{{sums[0], sums[1]}, weights_of(batch, rows, begin, n, weights), f.vectors, rows.expert, from, valid};
+                const Reads reads{{sums[0], sums[1]}, weights_of(batch, rows, f.middle, begin, n, weights), f.vectors, rows.expert, from, valid};
                 const float *h = evaluate<false>(f.middle, reads, n, kHiddenStep, worker.values);
                 for (int t = 0; t < n; t++) {
                     Token *to = reinterpret_cast<Token *>(rows.hidden) + (begin + t) * width + from;
@@ -83,7 +83,7 @@ struct ByRows {
                 for (int t = 0; t < n; t++) h[t] = reinterpret_cast<const Token *>(rows.hidden) + (begin + t) * width;
                 multiply(rows_of, valid, n, h, f.width, sums, kStep, ahead);
                 float weights[kDotTokens];
-                const Reads reads{{sums, nullptr}, weights_of(batch, rows, begin, n, weights), f.vectors, rows.expert, from, valid};
+                const Reads reads{{sums, nullptr}, weights_of(batch, rows, f.last, begin, n, weights), f.vectors, rows.expert, from, valid};
                 const float *y = evaluate<false>(f.last, reads, n, kStep, worker.values);
                 for (int t = 0; t < n; t++) store(y + t * kStep, valid, batch.y + rows.pair(begin + t) * f.out + from);
             }
@@ -124,8 +124,8 @@ struct ByRows {
         }
     }
 
-    static const float *weights_of(const Batch &batch, const Rows &rows, int32_t begin, int n, float *to) {
-        if (batch.weights)
+    static const float *weights_of(const Batch &batch, const Rows &rows, const Term &term, int32_t begin, int n, float *to) {
+        if (term.weighs)
             for (int t = 0; t < n; t++) to[t] = batch.weights[rows.pair(begin + t)];
         return to;
     }
@@ -161,14 +161,14 @@ struct ByRows {
     }
 };
 
-// out[i] = Σ of the rows' numbers at i.
-inline void add_rows(const float *const *rows, int count, int64_t width, int32_t dtype, void *out) {
+// out[i] = Σ factors[r] · rows[r][i].
+inline void add_rows(const float *const *rows, const float *factors, int count, int64_t width, int32_t dtype, void *out) {
     int64_t i = 0;
     for (; i < width; i += Vec::kLanes) {
         const int there = static_cast<int>(width - i < Vec::kLanes ? width - i : Vec::kLanes);
         const bool whole = there == Vec::kLanes;
         Vec sum = Vec::of(0.f);
-        for (int r = 0; r < count; r++) sum = sum + (whole ? Vec::load(rows[r] + i) : Vec::load(rows[r] + i, there));
+        for (int r = 0; r < count; r++) sum = fma(whole ? Vec::load(rows[r] + i) : Vec::load(rows[r] + i, there), Vec::of(factors[r]), sum);
         if (dtype == kFloat32) {
             float *to = static_cast<float *>(out) + i;
             whole ? sum.store(to) : sum.store(to, there);

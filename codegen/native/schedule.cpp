@@ -91,6 +91,7 @@ class Turn {
             divide();
         }
         added_.resize(threads_ * (call_.slots + 1));
+        factors_.resize(added_.size());
         next_ = 0, packed_ = 0, first_ = 0, second_ = 0;
 #pragma omp parallel num_threads(threads_)
         {
@@ -211,12 +212,19 @@ class Turn {
         const int64_t width = routed_.out, slots = call_.slots;
         const size_t size = element_bytes(call_.out_dtype);
         const float **rows = added_.data() + thread * (slots + 1);
+        float *factors = factors_.data() + thread * (slots + 1);
         for (int64_t t = count_ * thread / threads; t < count_ * (thread + 1) / threads; t++) {
             int n = 0;
-            for (int64_t k = 0; k < slots; k++)
-                if (call_.ids[(begin_ + t) * slots + k] >= 0) rows[n++] = y_ + (t * slots + k) * width;
-            if (shared_) rows[n++] = y_ + (count_ * slots + t) * width;
-            kernels_.add(rows, n, width, call_.out_dtype, static_cast<char *>(call_.out) + (begin_ + t) * width * size);
+            for (int64_t pair = t * slots; pair < (t + 1) * slots; pair++) {
+                if (call_.ids[begin_ * slots + pair] < 0) continue;
+                factors[n] = routed_.weighted ? weights_[pair] : 1.f;
+                rows[n++] = y_ + pair * width;
+            }
+            if (shared_) {
+                factors[n] = shared_->weighted ? gates_[t] : 1.f;
+                rows[n++] = y_ + (count_ * slots + t) * width;
+            }
+            kernels_.add(rows, factors, n, width, call_.out_dtype, static_cast<char *>(call_.out) + (begin_ + t) * width * size);
         }
     }
 
@@ -231,7 +239,8 @@ class Turn {
     std::vector<float> weights_, gates_;
     std::vector<Item> items_;
     std::vector<Share> firsts_, seconds_;
-    std::vector<const float *> added_;  // each thread's, while it adds up
+    std::vector<const float *> added_;  // what each thread adds up for a token
+    std::vector<float> factors_;        // and by which numbers
     std::atomic<size_t> packed_{0}, first_{0}, second_{0};
     std::atomic<int64_t> next_{0};
 };

@@ -212,8 +212,8 @@ struct ByTiles {
         fence();
     }
 
-    static const float *weights_of(const Batch &batch, const Rows &rows, int64_t block, float *to) {
-        if (batch.weights)
+    static const float *weights_of(const Batch &batch, const Rows &rows, const Term &term, int64_t block, float *to) {
+        if (term.weighs)
             for (int i = 0; i < kSide; i++) {
                 const int64_t at = block * kSide + i;
                 to[i] = at < rows.count ? batch.weights[rows.pair(static_cast<int32_t>(at))] : 0.f;
@@ -227,7 +227,7 @@ struct ByTiles {
         const Ffn &f = *rows.ffn;
         const int valid = static_cast<int>(from >= end ? 0 : end - from < kSide ? end - from : kSide);
         alignas(64) float weights[kSide];
-        const Reads reads{{gate, up}, weights_of(batch, rows, block, weights), f.vectors, rows.expert, valid ? from : 0, valid};
+        const Reads reads{{gate, up}, weights_of(batch, rows, f.middle, block, weights), f.vectors, rows.expert, valid ? from : 0, valid};
         const float *h = evaluate<true>(f.middle, reads, kSide, kSide, worker.values);
         for (int r = 0; r < kSide; r += 2) {
             const Vec zero = Vec::of(0.f);
@@ -244,7 +244,7 @@ struct ByTiles {
         if (from >= end) return;
         const int valid = static_cast<int>(end - from < kSide ? end - from : kSide);
         alignas(64) float weights[kSide];
-        const Reads reads{{product, nullptr}, weights_of(batch, rows, block, weights), f.vectors, rows.expert, from, valid};
+        const Reads reads{{product, nullptr}, weights_of(batch, rows, f.last, block, weights), f.vectors, rows.expert, from, valid};
         const float *y = evaluate<true>(f.last, reads, kSide, kSide, worker.values);
         __m512 r[kSide];
         for (int i = 0; i < kSide; i++) r[i] = _mm512_loadu_ps(y + kSide * i);

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dsmoe_compiler.codegen.ffn import Ffn, Unsupported
 from dsmoe_compiler.codegen.native.instructions import lines
-from dsmoe_compiler.codegen.term import Product, Term, Vector
+from dsmoe_compiler.codegen.term import Product, Step, Term, Vector
 
+# What is left of a last term that only weighs: weights are applied where a token's rows are added up.
+_PRODUCT = Term(steps=[Step("product", (), (0,))], result=0)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_LINES = 64  # of a term (term_limits.h)
 
@@ -44,7 +46,11 @@ class CInstruction(ctypes.Structure):
 
 
 class CTerm(ctypes.Structure):
-    _fields_ = [("lines", ctypes.POINTER(CInstruction)), ("count", ctypes.c_int32)]
+    _fields_ = [
+        ("lines", ctypes.POINTER(CInstruction)),
+        ("count", ctypes.c_int32),
+        ("weighs", ctypes.c_int32),
+    ]
 
 
 class CFfn(ctypes.Structure):
@@ -55,6 +61,7 @@ class CFfn(ctypes.Structure):
         ("out", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("products", ctypes.c_int32),
+        ("weighted", ctypes.c_int32),
         ("first", CMatrix * 2),
         ("down", CMatrix),
         ("factor", CTerm),
@@ -99,11 +106,12 @@ def c_ffn(ffn: Ffn, experts: int, params: Sequence[Tensor]) -> CFfn:
         out=matrices[-1].shape[2 if ffn.down.transposed else 1],
         dtype=DTYPES[matrices[0].dtype],
         products=len(ffn.products),
+        weighted=ffn.is_weighted,
         first=(CMatrix * 2)(*[_matrix(p, m) for p, m in zip(ffn.products, matrices, strict=False)]),
         down=_matrix(ffn.down, matrices[-1]),
         factor=_term(ffn.factor, 0),
         middle=_term(ffn.middle, 0),
-        last=_term(ffn.last, len(ffn.middle.vectors)),
+        last=_term(_PRODUCT if ffn.is_weighted else ffn.last, len(ffn.middle.vectors)),
         vectors=(CVector * max(1, len(vectors)))(*[_vector(v, params[v.param]) for v in vectors]),
     )
     return made
@@ -128,7 +136,7 @@ def _vector(vector: Vector, tensor: Tensor) -> CVector:
 def _term(term: Term | None, vectors: int) -> Any:
     """A term whose vectors' numbers begin at `vectors`."""
     if term is None:
-        return CTerm(None, 0)
+        return CTerm(None, 0, 0)
     made = lines(term)
     if len(made) > MAX_LINES:
         raise Unsupported(f"a term of it has {len(made)} lines, the kernels take {MAX_LINES}")
@@ -141,7 +149,7 @@ def _term(term: Term | None, vectors: int) -> Any:
         )
         for line in made
     ]
-    return CTerm((CInstruction * len(rows))(*rows), len(rows))
+    return CTerm((CInstruction * len(rows))(*rows), len(rows), term.weighs)
 
 
 def _name(dtype: torch.dtype) -> str:
