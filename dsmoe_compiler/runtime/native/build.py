@@ -51,6 +51,7 @@ def _run(command: list[str], compiler: Compiler, folder: Path) -> tuple[int, str
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         "LC_ALL": "C",  # the reason is looked for in English
         "TORCH_DONT_CHECK_COMPILER_ABI": "1",  # nothing of torch's C++ is used
+        "TORCH_NO_COMPILER_WRAPPER": "1",  # torch sets it anew for each file, for all threads
     }
     process = subprocess.Popen(
         command,

@@ -40,7 +40,9 @@ def build(sources: list[str], compile_options: list[str], link_options: list[str
     )
     # Not `setup()`: that would read the user's configuration files too.
     distribution = Distribution({"name": NAME, "ext_modules": [extension]})
-    command = Build(distribution, use_ninja=False, no_python_abi_suffix=True)
+    command = Build(distribution)
+    # Set here because setuptools 77.0 takes no options in the line above.
+    command.use_ninja, command.no_python_abi_suffix = False, True
     command.build_lib, command.build_temp = ".", "objects"
     command.ensure_finalized()
     command.run()
