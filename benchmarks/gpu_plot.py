@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 _WIDTH, _HEIGHT, _MARGIN = 340, 260, 46
-_COLOURS = ("#0b6e4f", "#c0392b", "#2e5c9a", "#8e6c00", "#7d3c98", "#5d6d7e", "#ba4a00", "#148f77")
+_COLOURS = (
+    "#0b6e4f",
+    "#c0392b",
+    "#2e5c9a",
+    "#8e6c00",
+    "#7d3c98",
+    "#5d6d7e",
+    "#ba4a00",
+    "#148f77",
+    "#d4a017",
+    "#2c3e50",
+)
 Series = Mapping[str, Sequence[tuple[int, float]]]  # by name, (T, time over floor)
 
 
