@@ -30,15 +30,20 @@ inline Vec polynomial(Vec x, const float (&coefficients)[N]) {
 
 constexpr float kLow = -86.64339f;  // e to it is 2⁻¹²⁵
 
-// eˣ to 2 units in the last place, by 2ⁿ·e^r with |r| ≤ ln 2 / 2 (Cephes expf); 2⁻¹²⁵ for all that is below it.
-inline Vec exponential_above(Vec x) {
+// e^r − 1 for |r| ≤ ln 2 / 2 (Cephes expf).
+inline Vec exponential_near_zero(Vec r) {
     const float terms[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                            4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    return fma(polynomial(r, terms), r * r, r);
+}
+
+// eˣ to 2 units in the last place, by 2ⁿ·e^r with |r| ≤ ln 2 / 2; 2⁻¹²⁵ for all that is below it.
+inline Vec exponential_above(Vec x) {
     const Vec one = Vec::of(1.f), inside = clamp(x, Vec::of(kLow), Vec::of(89.4f));  // the upper one is past infinity
     const Vec n = nearest_integer(inside * Vec::of(1.44269504088896341f));
     Vec r = fma(n, Vec::of(-0.693359375f), inside);
     r = fma(n, Vec::of(2.12194440e-4f), r);
-    const Vec e = fma(polynomial(r, terms), r * r, r) + one;
+    const Vec e = exponential_near_zero(r) + one;
     return scale_by_power(e + e, n - one);  // 2¹²⁸ is no number, 2·2¹²⁷ is infinity where it has to be
 }
 
@@ -70,7 +75,8 @@ inline Vec error_function(Vec x) {
 }
 
 inline Vec elu(Vec a, Vec alpha, Vec scale, Vec input_scale) {
-    const Vec below = alpha * scale * (exponential(a * input_scale) - Vec::of(1.f));
+    const Vec x = a * input_scale, near = exponential_near_zero(x), far = exponential(x) - Vec::of(1.f);
+    const Vec below = alpha * scale * select(less(absolute(x), Vec::of(0.34f)), near, far);
     return select(less(Vec::of(0.f), a), a * scale, below);
 }
 

@@ -16,6 +16,8 @@ from dsmoe_compiler.ir.body import Attr
 # Leaves come before the operators, in the order that elementary.h gives them.
 _LEAVES = {"product": 0, "vector": 1, "const": 2, "w": 3}
 _EXACT = ("float32", "float64")  # casts to them round nothing: the kernels compute in float32
+# Powers that torch has operators for: C's `pow` has other answers at −0 and −∞.
+_ROOTS: dict[Attr, str] = {0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def _line(step: Step, args: tuple[int, ...]) -> Line:
             return Line(numbers["clamp"], args, bounds)
         case "pow" if step.attrs[0] == 2:
             return Line(numbers["mul"], args * 2)
+        case "pow" if step.attrs[0] in _ROOTS:
+            return Line(numbers[_ROOTS[step.attrs[0]]], args)
         case "cast":
             rounding = numbers.get(f"round_{step.attrs[0]}")
             if rounding is None:
