@@ -4,13 +4,13 @@ How near, beside the largest number of a token's row, with u = 2⁻²⁴ in floa
 unit in the last place of each:
 
 - float32: the roundings of a sum of n products are independent, it is off by about √n·u. There are two such
-  sums, over D and over F; what is pointwise between them is up to three dozen roundings, those of exponentials
-  and logarithms being two units each. Together √D + √F + 64 times u.
-- bfloat16: operands are exact and products are summed in float32, as above. The output is rounded, by v. So is
-  each hidden number: their sum is off by 0.4·v of its usual size, the worst of ten thousand sums by four times
-  that, and a token may be three times as large inside as its row is: 5·v. Where the weight is on the token,
-  the token is rounded, and with it gate and up: twice 5·v more. The shared experts' gate is the model's own
-  bfloat16: its logit and the sigmoid, 2·v more.
+  sums, over D and over F; what is pointwise between them is up to three dozen roundings, an exponential's and
+  a logarithm's being two units each. Together √D + √F + 64 times u.
+- bfloat16: operands are exact and products are summed in float32, as above. The output is rounded, by v. So
+  is each hidden number: their sum is off by 0.4·v of its usual size, the worst of ten thousand sums by four
+  times that, and a token may be three times as large inside as its row is: 5·v. Where the weight is on the
+  token, the token is rounded, and with it gate and up: twice 5·v more. The shared experts' gate is the
+  model's own bfloat16: its logit and the sigmoid, 2·v more.
 
 A number that is not computed, or computed from the wrong row, is off by a tenth and more.
 
@@ -69,8 +69,8 @@ def rounding(
 
 
 def assert_close(got: Tensor, expected: Tensor, allowed: float, usual: float | None = None) -> None:
-    """Every token's row as near as allowed, beside its largest number or, where it cancels, the `usual` size of
-    all numbers.
+    """Every token's row as near as allowed, beside its largest number or, where it cancels, the `usual` size
+    of all numbers.
     """
     assert got.shape == expected.shape
     if not expected.numel():
