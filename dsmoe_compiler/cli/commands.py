@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from dsmoe_compiler.cli.bench import bench
 from dsmoe_compiler.cli.compile import compile_model
 from dsmoe_compiler.cli.cost import cost
 from dsmoe_compiler.cli.demo import demo
@@ -18,7 +19,7 @@ from dsmoe_compiler.cli.opt import opt
 @click.group(
     "dsmoe",
     cls=OneLineErrors,
-    commands=[inspect_model, explain, compile_model, opt, kernels, cost, models, demo],
+    commands=[inspect_model, explain, compile_model, opt, kernels, cost, bench, models, demo],
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -39,8 +40,8 @@ def main(ctx: click.Context) -> None:
       FILE.pt2                 a program that `dsmoe compile` wrote
 
     \b
-    Exit status: 0 done (also without MoE layers), 1 a layer was refused and --require-fused asked,
-    2 the input is wrong, 70 an internal error, 130 interrupted.
+    Exit status: 0 done (also without MoE layers), 1 a layer was refused and --require-fused asked, or an
+    answer was wrong in a benchmark, 2 the input is wrong, 70 an internal error, 130 interrupted.
 
     \b
     Examples:

@@ -27,11 +27,14 @@ def is_saved_program(text: str) -> bool:
     return text.endswith(".pt2")
 
 
-def resolve(text: str, inputs: Sequence[ExampleInput], *, with_weights: bool) -> ModelCall:
+def resolve(
+    text: str, inputs: Sequence[ExampleInput], *, with_weights: bool, dtype: str = "float32"
+) -> ModelCall:
     """What MODEL names, ready to be called.
 
-    Without weights, models of the zoo and of `hf:` are built on the meta device. Raises InputError when there
-    is no such model, its weights do not fit in memory, or the inputs are not what it takes.
+    Without weights, models of the zoo and of `hf:` are built on the meta device. `dtype` is of the zoo's
+    parameters; others have their own. Raises InputError when there is no such model, its weights do not fit
+    in memory, or the inputs are not what it takes.
     """
     if text.startswith("hf:"):
         from dsmoe_compiler.cli.hf_folder import hf_call
@@ -42,7 +45,7 @@ def resolve(text: str, inputs: Sequence[ExampleInput], *, with_weights: bool) ->
 
         call = user_call(text)
     else:
-        call = _zoo_call(text, with_weights=with_weights)
+        call = _zoo_call(text, with_weights=with_weights, dtype=dtype)
     device = device_of(call.model)
     given = {each.name: each.tensor(device, call.kwargs.get(each.name)) for each in inputs}
     call = replace(call, kwargs={**call.kwargs, **given})
@@ -68,9 +71,12 @@ def weight_bytes(model: Callable[..., object]) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-def _zoo_call(name: str, *, with_weights: bool) -> ModelCall:
+def _zoo_call(name: str, *, with_weights: bool, dtype: str) -> ModelCall:
+    import torch
+
     from dsmoe_compiler.models import zoo
 
+    of = getattr(torch, dtype)
     device = "cpu" if with_weights else "meta"
     try:
         zoo.preset(name)
@@ -78,8 +84,9 @@ def _zoo_call(name: str, *, with_weights: bool) -> ModelCall:
         folder = Path(name, "config.json").exists()
         raise InputError(f"{e}; for the folder of that name say hf:{name}" if folder else str(e)) from e
     if with_weights:
-        require_memory(weight_bytes(zoo.build(name, device="meta")), name)
-    return ModelCall(zoo.build(name, device=device), (), dict(zoo.example_inputs(name, device)))
+        require_memory(weight_bytes(zoo.build(name, device="meta", dtype=of)), name)
+    model = zoo.build(name, device=device, dtype=of)
+    return ModelCall(model, (), dict(zoo.example_inputs(name, device)))
 
 
 def _require_fit(text: str, call: ModelCall) -> None:

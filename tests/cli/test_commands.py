@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsmoe_compiler.cli import demo as demo_command
-from dsmoe_compiler.cli.measure import Timing
+from dsmoe_compiler.cli.measure import Rounds
 from dsmoe_compiler.models import zoo
 from dsmoe_compiler.report.report import Report
 from tests.cli.fakes import FUSED_LAYER, REFUSED_LAYER, FakeApi, report, run
@@ -90,8 +90,8 @@ def quick_demo(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> FakeApi:
     """A demo on the tiny model whose eager rounds take 30 ms and whose compiled ones take 10."""
     monkeypatch.setattr(demo_command, "MODEL", "deepseek-moe-tiny")
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    times = {"eager": Timing((0.03, 0.03, 0.2)), "compiled": Timing((0.01, 0.01, 0.01))}
-    monkeypatch.setattr(demo_command, "alternate", lambda calls, **_: {name: times[name] for name in calls})
+    times = Rounds({"eager": (0.03, 0.03, 0.2), "compiled": (0.01, 0.01, 0.01)}, 3)
+    monkeypatch.setattr(demo_command, "interleaved", lambda calls, *_, **__: times)
     return api
 
 
@@ -133,7 +133,7 @@ def test_a_demo_with_wrong_answers_does_not_end_well(quick_demo: FakeApi, worth:
     assert "the compiled program is off by" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["inspect", "explain", "compile", "opt", "models", "demo"])
+@pytest.mark.parametrize("command", ["inspect", "explain", "compile", "opt", "bench", "models", "demo"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     text = run(command, "--help").stdout
     assert "Example" in text
@@ -144,9 +144,8 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 def test_no_command_is_a_question() -> None:
     result = run()
     assert result.exit_code == 0
-    assert all(
-        command in result.stdout for command in ("inspect", "explain", "compile", "opt", "models", "demo")
-    )
+    named = ("inspect", "explain", "compile", "opt", "bench", "models", "demo")
+    assert all(command in result.stdout for command in named)
 
 
 def test_version() -> None:
