@@ -8,8 +8,8 @@ is installed, by its own operator and by standard ones. Several layers take turn
 weights that a cache happened to hold; every answer is compared with eager's first, and what is hopeless once
 warmed up is left out and named. The floor's rates are measured in the same rounds (cpu_floor.py).
 
-A run of everything writes results/cpu.json and draws results/cpu.svg, any other where --json says. `--tiny`
-walks the same code on layers whose times mean nothing.
+A run of everything writes results/cpu.json, after every layer, and draws results/cpu.svg; any other writes
+where --json says. `--tiny` walks the same code on layers whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -51,33 +51,25 @@ def subject(shape: Shape, dtype: torch.dtype) -> Subject:
     )
 
 
-def run(
-    console: Console,
-    shapes: Sequence[Shape],
-    dtypes: Sequence[torch.dtype],
-    tokens: Sequence[int],
-    end: float,
+def run_layer(
+    console: Console, shape: Shape, dtype: torch.dtype, tokens: Sequence[int], share: float, end: float
 ) -> tuple[list[Case], list[str]]:
-    """All cases in turn, each with its share of the time until `end`, and what no time was left for."""
+    """The layer at every T, each with its part of the time until `share`; and what no time was left for, once
+    that and a quarter of what follows until `end` have passed. Both by the monotonic clock.
+    """
     cases, skipped = list[Case](), list[str]()
-    todo = [(shape, dtype) for shape in shapes for dtype in dtypes]
-    for done, (shape, dtype) in enumerate(todo):
-        share = time.monotonic() + (end - time.monotonic()) / (len(todo) - done)
-        what = f"{shape.name}, {str(dtype).removeprefix('torch.')}"
-        if end < time.monotonic():
-            skipped.append(what)
+    what = f"{shape.name}, {str(dtype).removeprefix('torch.')}"
+    if end < time.monotonic():
+        return [], [what]
+    with console.status(f"{what}: layers and sessions"):
+        current = subject(shape, dtype)
+    for done, count in enumerate(tokens):
+        if share + (end - share) / 4 < time.monotonic():
+            skipped.append(f"{what}, T={count}")
             continue
-        with console.status(f"{what}: layers and sessions"):
-            current = subject(shape, dtype)
-        for number, count in enumerate(tokens):
-            left = max(share - time.monotonic(), 0)
-            if end < time.monotonic():
-                skipped.append(f"{what}, T={count}")
-                continue
-            with console.status(f"{what}, T={count}"):
-                cases.append(measure(current, count, left / (len(tokens) - number)))
-        del current
-        gc.collect()  # the compiled layers are held in circles
+        left = max(share - time.monotonic(), 0)
+        with console.status(f"{what}, T={count}"):
+            cases.append(measure(current, count, left / (len(tokens) - done)))
     return cases, skipped
 
 
@@ -106,19 +98,31 @@ def main(
     kinds = _chosen("--dtypes", dtypes, DTYPES)
     if path is None and not (shapes or dtypes or tokens or quick or tiny):
         path = _RESULTS
-    cases, skipped = run(console, chosen, kinds, counts, start + 60 * minutes / (3 if quick else 1))
-    print_cases(console, cases)
-    for what in skipped:
-        console.print(f"no time left for {what}", markup=False)
+    end = start + 60 * minutes / (3 if quick else 1)
+    cases, skipped = list[Case](), list[str]()
+    todo = [(shape, dtype) for shape in chosen for dtype in kinds]
+    for done, (shape, dtype) in enumerate(todo):
+        share = time.monotonic() + (end - time.monotonic()) / (len(todo) - done)
+        found, late = run_layer(console, shape, dtype, counts, share, end)
+        gc.collect()  # compiled layers are held in circles
+        print_cases(console, found)
+        for what in late:
+            console.print(f"no time left for {what}", markup=False)
+        cases, skipped = cases + found, skipped + late
+        finish(Console(quiet=True), "cpu", _results(cases, skipped, start), [], path)
     if path is not None:
         path.with_suffix(".svg").write_text(drawing(cases))
-    results = {
+    goals = [] if tiny else targets(cases)
+    raise SystemExit(finish(console, "cpu", _results(cases, skipped, start), goals, path))
+
+
+def _results(cases: Sequence[Case], skipped: Sequence[str], start: float) -> dict[str, object]:
+    return {
         "threads": torch.get_num_threads(),
         "minutes": (time.monotonic() - start) / 60,
         "cases": [asdict(c) for c in cases],
-        "skipped": skipped,
+        "skipped": list(skipped),
     }
-    raise SystemExit(finish(console, "cpu", results, [] if tiny else targets(cases), path))
 
 
 def _chosen(option: str, text: str | None, known: Mapping[str, Choice]) -> list[Choice]:

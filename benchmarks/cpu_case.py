@@ -151,7 +151,7 @@ def _worth_timing(subject: Subject, tokens: int, given: Sequence[Input]) -> tupl
             seconds[way.name] = min(seconds[way.name], _seconds(way, given[-1]))
             again = 0 if seconds[way.name] > _LONG else again - 1
         if seconds[way.name] > HOPELESS * fastest and not way.ours:
-            left_out[way.name] = f"{seconds[way.name] / fastest:.0f} times the fastest when warmed up"
+            left_out[way.name] = f"{seconds[way.name] / fastest:.0f} times the fastest"
     return [way for way in warm if way.name not in left_out], left_out
 
 

@@ -54,7 +54,7 @@ def print_cases(console: Console, cases: Sequence[Case]) -> None:
             "median ms, and times the floor",
             title_justify="left",
         )
-        table.add_column("T")
+        table.add_column("T", min_width=len("torch.compile"))  # names are folded at their spaces
         for c in group:
             table.add_column(str(c.tokens), justify="right")
         table.add_row("experts with tokens", *(f"{c.touched:.1f}" for c in group))

@@ -33,7 +33,7 @@ def _case(shape: Shape, dtype: str, tokens: int, lead: float, over_floor: float 
         "grouped_mm": Figure(lead, over_floor * lead, lead, 0.0, 2),
     }
     rates = Rates(1.0, "matvec", 1.0, "mm")
-    left_out = {"batched_mm": "9 times the fastest when warmed up"}
+    left_out = {"batched_mm": "9 times the fastest"}
     return Case(shape.name, dtype, tokens, 6.0, rates, 1.0, 1.0, figures, "grouped_mm", left_out, 5, 5)
 
 
@@ -157,7 +157,7 @@ def test_table_and_drawing_show_what_was_found() -> None:
     cpu_report.print_cases(Console(file=text, width=120), cases)
     shown = text.getvalue()
     assert "*2.50 3.00×" in shown and "1.00 1.20×" in shown and "5 of 10" in shown
-    batched = "9 times the fastest when warmed up (T=1); would gather 3 GB of weights (T=16)"
+    batched = "9 times the fastest (T=1); would gather 3 GB of weights (T=16)"
     assert f"- batched_mm: {batched}" in shown
     drawn = cpu_report.drawing(cases)
     assert drawn.startswith("<svg") and "grouped_mm" in drawn and FIRST.name in drawn
