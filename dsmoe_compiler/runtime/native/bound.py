@@ -32,7 +32,7 @@ class Bound:
         shared: Sequence[Tensor] = (),
     ) -> Tensor | None:
         """out (T, out width); None where the kernels cannot run these tensors."""
-        if not all(map(_is_plain, (x_TD, ids_TK, weights_TK))) or torch.compiler.is_compiling():
+        if not all(map(_is_plain, (x_TD, ids_TK, weights_TK))) or torch.compiler.is_dynamo_compiling():
             return None
         # Training and loading change tensors in place; `parameter.data = …` moves them.
         lying = [(p.data_ptr(), p.stride(), p.dtype) for p in (*params, *shared)]
