@@ -35,13 +35,24 @@ from tests.codegen.layers import Made
 SINGLE, HALF = 2.0**-24, 2.0**-9
 
 
-def at(level: str) -> Library:
-    """The library at that level; skips where there is none, or the machine lacks it."""
+def best() -> Library:
+    """The library at the machine's best level; skips where there is none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(VARIABLE, raising=False)
         library = native()
     if not isinstance(library, Library):
         pytest.skip(f"no native kernels: {library.because}")
+    return library
+
+
+def levels() -> tuple[str, ...]:
+    """Those of the machine, ascending; skips where there is no library."""
+    return LEVELS[: LEVELS.index(best().level) + 1]
+
+
+def at(level: str) -> Library:
+    """The library at that level; skips where there is none, or the machine lacks it."""
+    library = best()
     if LEVELS.index(level) > LEVELS.index(library.level):
         pytest.skip(f"this machine has no {level}, its best is {library.level}")
     return Library(library.handle, level)
