@@ -60,18 +60,19 @@ def as_ffn(body: Body, hidden: int, params: Sequence[Operand]) -> Ffn:
     """The body in the kernels' form; `params` are its tensors, the experts first. Raises Unsupported."""
     widths = row_widths(body, hidden, params)
     last = Term()
-    reader = _Reader(body, widths, last)
-    last.result = reader.read(body.result, _Columns(0, 1, widths[body.result]))
+    whole = _Columns(0, 1, widths[body.result])
+    reader = _Reader(body, widths, last, whole.count)
+    last.result = reader.read(body.result, whole)
     if len(reader.products) != 1:
         raise Unsupported("it has no single last product" if reader.products else "it has no product")
     ((at, columns),) = reader.products
-    if (columns.first, columns.step) != (0, 1):
+    if columns != _Columns(0, 1, widths[at]):
         raise Unsupported("its last product is read in part")
     step = body.steps[at]
     down = Product(_param(body, step.args[1]), step.op == "matmul")
     middle = Term()
-    inner = _Reader(body, widths, middle)
     row = step.args[0]
+    inner = _Reader(body, widths, middle, widths[row])
     if _under_casts(body, row) == "x":
         raise Unsupported("it has one product only")
     middle.result = inner.read(row, _Columns(0, 1, widths[row]))
@@ -92,10 +93,12 @@ def as_ffn(body: Body, hidden: int, params: Sequence[Operand]) -> Ffn:
 
 
 class _Reader:
-    """Reads a body from a step down to the products under it, as a term of the columns asked for."""
+    """Reads a body from a step down to the products under it, as a term of the columns asked for, `count` of
+    them.
+    """
 
-    def __init__(self, body: Body, widths: Sequence[int], term: Term) -> None:
-        self.body, self.widths, self.term = body, widths, term
+    def __init__(self, body: Body, widths: Sequence[int], term: Term, count: int) -> None:
+        self.body, self.widths, self.term, self.count = body, widths, term, count
         self.products: list[tuple[int, _Columns]] = []
 
     def read(self, at: int, columns: _Columns) -> int:
@@ -103,6 +106,8 @@ class _Reader:
         step = self.body.steps[at]
         term = self.term
         if step.op in GEMMS:
+            if columns.count != self.count:
+                raise Unsupported("one number of a product stands for a whole row")
             if (at, columns) not in self.products:
                 self.products.append((at, columns))
             return term.number("product", (), (self.products.index((at, columns)),))
@@ -111,12 +116,13 @@ class _Reader:
         if step.op == "const":
             return term.number("const", (), step.attrs)
         if step.op == "p":
-            return self._vector(int(step.attrs[0] or 0), self.widths[at], columns)
+            return self._vector(int(step.attrs[0] or 0), columns)
         if step.op == "slice":
-            start, _, stride = (int(a or 0) for a in step.attrs)
+            start, stop, stride = (None if a is None else int(a) for a in step.attrs)
+            of = range(self.widths[step.args[0]])[start:stop:stride]
             return self.read(
                 step.args[0],
-                replace(columns, first=start + columns.first * stride, step=columns.step * stride),
+                replace(columns, first=of.start + columns.first * of.step, step=columns.step * of.step),
             )
         if step.op == "glu":
             half = self.widths[step.args[0]] // 2
@@ -136,8 +142,8 @@ class _Reader:
         single = self.widths[at] <= 1 and columns.count > 1
         return self.read(at, _Columns(0, 1, 1) if single else columns)
 
-    def _vector(self, param: int, width: int, columns: _Columns) -> int:
-        vector = Vector(param, columns.first, columns.step, single=width == 1)
+    def _vector(self, param: int, columns: _Columns) -> int:
+        vector = Vector(param, columns.first, columns.step, single=columns.count == 1)
         if vector not in self.term.vectors:
             self.term.vectors.append(vector)
         return self.term.number("vector", (), (self.term.vectors.index(vector),))
@@ -164,7 +170,7 @@ def _factor(body: Body, at: int, widths: Sequence[int]) -> Term | None:
     if step.op != "mul" or len(others) != 1 or widths[others[0]] != 1:
         raise Unsupported("its first product reads something computed from x")
     factor = Term()
-    reader = _Reader(body, widths, factor)
+    reader = _Reader(body, widths, factor, 1)
     factor.result = reader.read(others[0], _Columns(0, 1, 1))
     if reader.products or factor.vectors:
         raise Unsupported("x is multiplied by more than a term of its routing weight")

@@ -100,6 +100,12 @@ REFUSED = {
     "a computed matrix": ("linear(relu(linear(x,mul(p0,2.0))),p1)", "matrix is computed"),
     "every third": (f"h=linear(x,p0); linear(relu(slice(h,0,{F},3)),p1)", "every 3th output"),
     "half a pair": (f"h=linear(x,p0); linear(relu(slice(h,0,{F},2)),p1)", "every other output"),
+    "a gate of one number": (
+        f"h=linear(x,p0); linear(mul(silu(slice(h,0,1,1)),slice(h,1,{F + 1},1)),p1)",
+        "one number of a product",
+    ),
+    "an output of one number": ("add(linear(relu(linear(x,p0)),p3),p2)", "one number of a product"),
+    "a part of the output": ("slice(linear(relu(linear(x,p0)),p1),0,8,1)", "last product is read in part"),
     "three products": (
         f"h=linear(x,p0); linear(mul(mul(slice(h,0,8,1),slice(h,8,16,1)),slice(h,16,{2 * F},1)),p1)",
         "more than a gate and an up",
@@ -111,7 +117,15 @@ REFUSED = {
 def test_other_bodies_are_refused_with_the_reason(what: str) -> None:
     text, because = REFUSED[what]
     with pytest.raises(Unsupported, match=because):
-        ffn(text, UP if "h=" in text else (4, F, D), DOWN, (4, D))
+        ffn(text, UP if "h=" in text else (4, F, D), DOWN, (4, D), (4, 1, F))
+
+
+def test_parts_of_a_row() -> None:
+    """From its end, and one number of a vector."""
+    found = ffn(f"h=linear(x,p0); linear(mul(silu(slice(h,-{F},None,1)),slice(p2,3,4,1)),p1)", UP, DOWN, BIAS)
+    assert [p.first for p in found.products] == [F]
+    assert found.middle.vectors == [Vector(2, 3, single=True)]
+    assert "p2 + expert.to(tl.int64) * 100 + 3)" in lines(found.middle, ["up"])[0]
 
 
 @pytest.mark.parametrize("operator", ["atan({})", "pow({},2.5)", "cast({},int64)"])

@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsmoe_compiler.codegen.ffn import Unsupported
 from dsmoe_compiler.ir.body import parse_body
-from dsmoe_compiler.ir.spec import ExpertsSpec
+from dsmoe_compiler.ir.spec import ExpertsSpec, to_text
+from dsmoe_compiler.runtime.cpu import CpuExperts
+from dsmoe_compiler.runtime.native.levels import VARIABLE
 from dsmoe_compiler.runtime.native.library import LEVELS
 from tests.codegen.layers import LAYOUTS, MIDDLES, ROUTERS, Made, make
 from tests.codegen.pairwise import Case, pairwise
-from tests.runtime.native_levels import assert_close, rounding, run, usual_size
+from tests.runtime.native_levels import assert_close, at, rounding, run, usual_size
 
 at_each_level = pytest.mark.parametrize("level", LEVELS)
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -181,6 +184,18 @@ def _view(tensor: Tensor, kind: str) -> Tensor:
         ("mul(linear(relu(linear(x,p0)),p1),w)", [UP, (1, F)]),
         # Numbers of an expert: a scale, one in front of a slice.
         ("mul(linear(mul(silu(mul(linear(x,p0),p1)),p2),p3),p4)", [UP, (1,), (F,), DOWN, (1,)]),
+        # Parts: from the end, of a vector, one number of it for a whole row, of a product that has more.
+        (
+            f"h=linear(x,p0); linear(mul(silu(slice(h,-{F},None,1)),slice(h,0,-{F},1)),p1)",
+            [(2 * F, D), DOWN],
+        ),
+        (f"linear(mul(silu(linear(x,p0)),slice(p1,3,{F + 3},1)),p2)", [UP, (F + 9,), DOWN]),
+        ("linear(mul(silu(linear(x,p0)),slice(p1,3,4,1)),p2)", [UP, (9,), DOWN]),
+        (f"linear(mul(silu(linear(x,p0)),expand(slice(p1,3,4,1),{F})),p2)", [UP, (9,), DOWN]),
+        (f"h=linear(x,p0); linear(silu(slice(h,5,{F + 5},1)),p1)", [(2 * F, D), DOWN]),
+        ("mul(mul(linear(silu(linear(x,p0)),p1),w),w)", [UP, DOWN]),
+        ("sub(w,linear(mul(silu(linear(x,p0)),add(w,1.0)),p1))", [UP, DOWN]),
+        ("h=linear(x,p0); linear(mul(silu(h),h),p1)", [UP, DOWN]),
         # gpt-oss in full.
         (
             f"h=add(matmul(x,p0),p1); g=clamp(slice(h,0,{2 * F},2),None,0.7); "
@@ -195,6 +210,42 @@ def test_other_bodies(
     text: str, shapes: list[tuple[int, ...]], tokens: int, dtype: torch.dtype, level: str
 ) -> None:
     close(experts(text, shapes, tokens=tokens, hidden=D, dtype=dtype), level)
+
+
+@at_each_level
+@pytest.mark.parametrize(
+    ("text", "shapes"),
+    [
+        (f"h=linear(x,p0); linear(mul(silu(slice(h,0,1,1)),slice(h,1,{F + 1},1)),p1)", [(F + 1, D), DOWN]),
+        ("linear(mul(silu(linear(x,p0)),linear(x,p1)),p2)", [(1, D), UP, DOWN]),
+        ("linear(add(silu(linear(x,p0)),p1),p2)", [(1, D), (F,), DOWN]),
+        ("add(linear(silu(linear(x,p0)),p1),p2)", [UP, (1, F), (D,)]),
+        (f"slice(linear(silu(linear(x,p0)),p1),0,{D - 3},1)", [UP, DOWN]),
+        ("linear(softmax(linear(x,p0)),p1)", [UP, DOWN]),
+        ("linear(atan(linear(x,p0)),p1)", [UP, DOWN]),
+        ("add(linear(relu(linear(x,p0)),p1),x)", [UP, DOWN]),
+        # A term of more lines than the kernels have room for.
+        (
+            "linear("
+            + "".join(f"sin(mul({1 + i / 64}," for i in range(40))
+            + "linear(x,p0)"
+            + "))" * 40
+            + ",p1)",
+            [UP, DOWN],
+        ),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_what_the_kernels_do_not_know_runs_by_torch(
+    text: str, shapes: list[tuple[int, ...]], level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at(level)
+    monkeypatch.setenv(VARIABLE, level)
+    made = experts(text, shapes, tokens=9, hidden=D, dtype=torch.float32)
+    with pytest.raises(Unsupported):
+        run(made, level)
+    got = CpuExperts(to_text(made.spec))(made.x, made.ids, made.weights, made.params)
+    assert_close(got, made.expected(), rounding(torch.float32, D, F))
 
 
 @at_each_level
