@@ -11,7 +11,7 @@ struct Rows {
     int64_t expert;
     const int32_t *pairs;
     int32_t first_pair, count;
-    bool tiled;      // the level's choice: packed and hidden rows lie in tiles
+    int32_t tiled;   // the level's choice: so many of them, the first ones, lie packed in tiles or lanes
     char *packed;    // the tokens as the level reads them, where it does not read x itself
     char *hidden;    // the middle term's rows
 
@@ -48,7 +48,7 @@ struct Range {
 constexpr int64_t kHiddenStep = 32, kOutStep = 64;
 
 struct Kernels {
-    bool (*tiled)(const Ffn &, int32_t rows);
+    int32_t (*tiled)(const Ffn &, int32_t rows);
     size_t (*packed_bytes)(const Rows &);
     size_t (*hidden_bytes)(const Rows &);
     size_t (*panel_bytes)(const Ffn &);

@@ -11,5 +11,5 @@ DSMOE_TARGET("avx2,fma,f16c")
 #define DSMOE_FEW_REGISTERS
 #include "vector_avx2.h"
 #include "level.h"
-extern const Kernels kAvx2 = by_rows<Floats, Widened>();
+extern const Kernels kAvx2 = of_level<Floats, Widened>();
 DSMOE_TARGET_END

@@ -10,5 +10,5 @@
 DSMOE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include "vector_avx512.h"
 #include "level.h"
-extern const Kernels kAvx512 = by_rows<Floats, Widened>();
+extern const Kernels kAvx512 = of_level<Floats, Widened>();
 DSMOE_TARGET_END

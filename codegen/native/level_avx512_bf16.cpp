@@ -11,5 +11,5 @@ DSMOE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 #define DSMOE_PAIRS
 #include "vector_avx512.h"
 #include "level.h"
-extern const Kernels kAvx512Bf16 = by_rows<Floats, Pairs>();
+extern const Kernels kAvx512Bf16 = of_level<Floats, Pairs>();
 DSMOE_TARGET_END

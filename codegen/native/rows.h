@@ -22,19 +22,27 @@ struct ByRows {
         return reads_x(*rows.ffn) ? 0 : rows.count * padded(rows.ffn->hidden) * sizeof(Token);
     }
     static size_t hidden_bytes(const Rows &rows) { return rows.count * padded(rows.ffn->width) * sizeof(Token); }
+    static size_t panel_bytes(const Ffn &f) {
+        const int64_t first = f.products * padded(f.hidden), last = padded(f.width);
+        return kHiddenStep * (first > last ? first : last) * kWeight;
+    }
 
     static void pack(const Batch &batch, const Rows &rows, Worker &worker) {
         const Ffn &f = *rows.ffn;
         if (reads_x(f)) return;
-        const int64_t width = padded(f.hidden);
-        for (int32_t i = 0; i < rows.count; i++) {
-            Token *to = reinterpret_cast<Token *>(rows.packed) + i * width;
-            const int64_t pair = rows.pair(i);
-            const char *from = batch.x + pair / batch.slots * batch.per_token * element_bytes(f.dtype);
-            const float factor = factor_of(batch, f, pair, worker);
-            if (f.dtype == kFloat32) row(reinterpret_cast<const float *>(from), f.hidden, width, f, factor, to);
-            else row(reinterpret_cast<const uint16_t *>(from), f.hidden, width, f, factor, to);
-        }
+        for (int32_t i = 0; i < rows.count; i++)
+            token_row(batch, rows, rows.pair(i), reinterpret_cast<Token *>(rows.packed) + i * padded(f.hidden), worker);
+    }
+
+    // A pair's token as the products read it: in x, or in `own` with zeros behind it.
+    static const Token *token_row(const Batch &batch, const Rows &rows, int64_t pair, Token *own, Worker &worker) {
+        const Ffn &f = *rows.ffn;
+        const char *from = batch.x + pair / batch.slots * batch.per_token * element_bytes(f.dtype);
+        if (reads_x(f)) return reinterpret_cast<const Token *>(from);
+        const float factor = factor_of(batch, f, pair, worker);
+        if (f.dtype == kFloat32) row(reinterpret_cast<const float *>(from), f.hidden, padded(f.hidden), f, factor, own);
+        else row(reinterpret_cast<const uint16_t *>(from), f.hidden, padded(f.hidden), f, factor, own);
+        return own;
     }
 
     static void first(const Batch &batch, const Rows &rows, const Range &range, Worker &worker) {

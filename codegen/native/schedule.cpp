@@ -175,9 +175,14 @@ class Turn {
         for (int32_t i = 0; i < static_cast<int32_t>(items_.size()); i++) {
             const Ffn &f = *items_[i].rows.ffn;
             const int64_t size = static_cast<int64_t>(element_bytes(f.dtype));
-            split(firsts_, i, f.width, round_up(std::max<int64_t>(1, kShareBytes / (f.products * f.hidden * size)), kHiddenStep));
-            split(seconds_, i, f.out, round_up(std::max<int64_t>(1, kShareBytes / (f.width * size)), kOutStep));
+            split(firsts_, i, f.width, share(f.products * f.hidden * size, kHiddenStep));
+            split(seconds_, i, f.out, share(f.width * size, kOutStep));
         }
+    }
+
+    // Outputs of a share, in steps; rows of no bytes are those of an expert without hidden numbers.
+    static int64_t share(int64_t row_bytes, int64_t step) {
+        return round_up(std::max<int64_t>(1, kShareBytes / std::max<int64_t>(1, row_bytes)), step);
     }
 
     static void split(std::vector<Share> &shares, int32_t item, int64_t outputs, int64_t step) {
@@ -253,7 +258,7 @@ Status run(const Ffn &routed, const Ffn *shared, const Call &call, const Kernels
     try {
         thread_local Memory memory;
         Turn turn(routed, shared, call, kernels);
-        const size_t row = sizeof(float) * (call.slots + (shared ? 1 : 0)) * routed.out;
+        const size_t row = std::max<size_t>(1, sizeof(float) * (call.slots + (shared ? 1 : 0)) * routed.out);
         const int64_t most = std::max(kMinTokens, static_cast<int64_t>(kMaxSums / row));
         const int64_t turns = (call.tokens + most - 1) / most;
         for (int64_t i = 0; i < turns; i++) {

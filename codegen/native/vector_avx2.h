@@ -15,6 +15,11 @@ struct Vec {
     static Vec load(const uint16_t *p) {  // bfloat16
         return widened(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
     }
+    // Of two bfloat16 numbers, the first or the second in every lane.
+    static Vec of_low(const uint16_t *p) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi32(pair(p)), 16))}; }
+    static Vec of_high(const uint16_t *p) {
+        return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(pair(p)), _mm256_set1_epi32(-65536)))};
+    }
     // The first n < kLanes numbers, then zeros; nothing beyond them is read.
     static Vec load(const float *p, int n) { return {_mm256_maskload_ps(p, mask(n))}; }
     static Vec load(const uint16_t *p, int n) {
@@ -52,6 +57,11 @@ struct Vec {
     }
 
   private:
+    static int32_t pair(const uint16_t *p) {
+        int32_t both;
+        memcpy(&both, p, sizeof both);
+        return both;
+    }
     static __m256i mask(int n) {
         return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     }
@@ -89,6 +99,30 @@ inline Vec scale_by_power(Vec a, Vec n) {
 inline Vec round_bfloat16(Vec a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(a.rounded(), 16))}; }
 inline Vec round_float16(Vec a) {
     return {_mm256_cvtph_ps(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+}
+
+// Pairs of bfloat16: the first operand's numbers in the lower halves.
+inline Vec paired(Vec low, Vec high) {
+    return {_mm256_castsi256_ps(_mm256_or_si256(low.rounded(), _mm256_slli_epi32(high.rounded(), 16)))};
+}
+
+// Eight rows, transposed in place.
+inline void transpose(Vec *rows) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+        t[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        rows[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        rows[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
 }
 
 // The sums of four vectors.

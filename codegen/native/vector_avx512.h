@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 #include <cstdint>
+#include <cstring>
 
 namespace {
 
@@ -13,6 +14,11 @@ struct Vec {
     static Vec load(const float *p) { return {_mm512_loadu_ps(p)}; }
     static Vec load(const uint16_t *p) {  // bfloat16
         return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+    }
+    // Of two bfloat16 numbers, the first or the second in every lane.
+    static Vec of_low(const uint16_t *p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi32(pair(p)), 16))}; }
+    static Vec of_high(const uint16_t *p) {
+        return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_set1_epi32(pair(p)), _mm512_set1_epi32(-65536)))};
     }
     // The first n < kLanes numbers, then zeros; nothing beyond them is read.
     static Vec load(const float *p, int n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
@@ -36,6 +42,11 @@ struct Vec {
     __m256i narrowed() const { return _mm512_cvtepi32_epi16(rounded()); }
 
   private:
+    static int32_t pair(const uint16_t *p) {
+        int32_t both;
+        memcpy(&both, p, sizeof both);
+        return both;
+    }
     static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1); }
     static Vec widened(__m256i bits) {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
@@ -77,6 +88,11 @@ inline void sum_four(const Vec *from, float *to) {
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 
+// Pairs of bfloat16: the first operand's numbers in the lower halves.
+inline Vec paired(Vec low, Vec high) {
+    return {_mm512_castsi512_ps(_mm512_or_si512(low.rounded(), _mm512_slli_epi32(high.rounded(), 16)))};
+}
+
 // Rows of 16 32-bit numbers, transposed in place.
 inline void transpose(__m512 *r) {
     __m512 t[16];
@@ -101,5 +117,7 @@ inline void transpose(__m512 *r) {
         r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
     }
 }
+
+inline void transpose(Vec *rows) { transpose(&rows[0].v); }
 
 }  // namespace
