@@ -63,7 +63,7 @@ inline __attribute__((always_inline)) void dots(const typename Dot::Weight *cons
             const auto a = Dot::weights(w[r] + k);
             for (int t = 0; t < N; t++) c[t][r] = Dot::add(c[t][r], a, v[t]);
         }
-        ahead.step(k / Dot::kStep);
+        ahead.step();
     }
     if (whole < inputs) {  // tokens are filled with zeros, weights end with the matrix
         for (int r = 0; r < kDotRows; r++) {

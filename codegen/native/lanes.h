@@ -179,7 +179,7 @@ struct ByLanes {
             const Weight *w = reinterpret_cast<const Weight *>(panel.row(r));
             for (int64_t s = 0; s < count; s++) {
                 S::step(c, w + s * S::kInputs, stride, x + s * kAdvance);
-                ahead.step(s);
+                ahead.step();
             }
             for (int i = 0; i < R; i++)
                 for (int n = 0; n < N; n++) c[i][n].store(sums + ((r + i) * N + n) * kLanes);

@@ -12,18 +12,17 @@ namespace {
 
 class Reader {
   public:
-    Reader(const Ahead &ahead, int64_t steps) : at_{ahead.at[0], ahead.at[1]} {
-        const int64_t lines = steps > 0 ? (ahead.lines + kPlaces - 1) / kPlaces : 0;
-        part_ = lines * 64;
-        left_ = lines;
-        if (left_ == 0) return;
-        per_step_ = (lines + steps - 1) / steps;
-        for (int64_t every = steps / lines; every > 1; every /= 2) between_ = 2 * between_ + 1;
+    // All of `ahead` within so many steps, evenly.
+    Reader(const Ahead &ahead, int64_t steps) : at_{ahead.at[0], ahead.at[1]}, steps_(steps) {
+        lines_ = left_ = (ahead.lines + kPlaces - 1) / kPlaces;
+        part_ = lines_ * 64;
     }
 
-    inline __attribute__((always_inline)) void step(int64_t i) {
-        if ((i & between_) || left_ <= 0) return;
-        for (int64_t line = 0; line < per_step_; line++) {
+    inline __attribute__((always_inline)) void step() {
+        due_ += lines_;
+        while (due_ >= steps_ && left_ > 0) {
+            due_ -= steps_;
+            left_--;
             for (int place = 0; place < kPlaces; place++) {
                 _mm_prefetch(at_[0] + place * part_, _MM_HINT_T1);
                 _mm_prefetch(at_[1] + place * part_, _MM_HINT_T1);
@@ -31,13 +30,12 @@ class Reader {
             at_[0] += 64;
             at_[1] += 64;
         }
-        left_ -= per_step_;
     }
 
   private:
     static constexpr int kPlaces = 4;  // in each of the two stretches
     const char *at_[2];
-    int64_t part_, left_, per_step_ = 1, between_ = 0;  // between_: a power of two less one
+    int64_t steps_, lines_, left_, part_, due_ = 0;
 };
 
 }  // namespace

@@ -158,7 +158,7 @@ struct ByTiles {
             _tile_loadd(5, a1 + 64 * k, stride);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
-            ahead.step(k);
+            ahead.step();
         }
         store_four(c);
     }
@@ -177,7 +177,7 @@ struct ByTiles {
             _tile_dpbf16ps(2, 7, 4);
             _tile_loadd(5, a3 + 64 * k, stride);
             _tile_dpbf16ps(3, 5, 4);
-            ahead.step(k);
+            ahead.step();
         }
         store_four(c);
     }
@@ -192,7 +192,7 @@ struct ByTiles {
             _tile_dpbf16ps(0, 4, 6);
             _tile_loadd(5, a1 + 64 * k, stride);
             _tile_dpbf16ps(2, 5, 6);
-            ahead.step(k);
+            ahead.step();
         }
         store_four(c);
     }
