@@ -50,8 +50,7 @@ def print_cases(console: Console, cases: Sequence[Case]) -> None:
     for group in _groups(cases):
         first = group[0]
         table = Table(
-            title=f"{first.shape}, {first.dtype}, {torch.get_num_threads()} threads: "
-            "median ms, and times the floor",
+            title=f"{first.shape}, {first.dtype}, {torch.get_num_threads()} threads: ms, times the floor",
             title_justify="left",
         )
         table.add_column("T", min_width=len("torch.compile"))  # names are folded at their spaces

@@ -177,8 +177,9 @@ def test_an_unknown_choice_is_named(options: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
+def test_a_tiny_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cpu.json"
+    monkeypatch.setattr(cpu_case, "_ROUNDS", 3)
     done = CliRunner().invoke(
         cpu.main, ["--tiny", "--dtypes", "fp32", "--tokens", "4", "--json", str(path)], catch_exceptions=False
     )
