@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dsmoe_compiler.codegen.ffn import Unsupported
 from dsmoe_compiler.ir.spec import ExpertsSpec, SharedSpec
@@ -32,7 +34,7 @@ class Bound:
         shared: Sequence[Tensor] = (),
     ) -> Tensor | None:
         """out (T, out width); None where the kernels cannot run these tensors."""
-        if not all(map(_is_plain, (x_TD, ids_TK, weights_TK))) or torch.compiler.is_dynamo_compiling():
+        if not all(map(_is_plain, (x_TD, ids_TK, weights_TK))) or _is_traced():
             return None
         # Training and loading change tensors in place; `parameter.data = …` moves them.
         lying = [(p.data_ptr(), p.stride(), p.dtype) for p in (*params, *shared)]
@@ -53,4 +55,16 @@ class Bound:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and not tensor.is_neg()
+
+
+def _is_traced() -> bool:
+    """Whether what this thread's operators do is written down, or differentiated forward: nobody would see
+    the kernels.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._is_tracing()
+        or get_proxy_mode() is not None
+        or forward_ad._current_level >= 0
+    )

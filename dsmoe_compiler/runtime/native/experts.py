@@ -37,7 +37,11 @@ class Layer:
     shared: tuple[Tensor, ...]
 
     def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """out (T, out width). Raises IndexError on an id that is no expert's."""
+        """out (T, out width). Raises IndexError on an id that is no expert's, ValueError on other shapes."""
+        tokens, slots = ids_TK.shape
+        if x_TD.shape != (tokens, self.routed.hidden) or weights_TK.shape != ids_TK.shape:
+            told = ", ".join(str(tuple(t.shape)) for t in (x_TD, ids_TK, weights_TK))
+            raise ValueError(f"x, ids, weights are {told}, not (T, {self.routed.hidden}), (T, K), (T, K)")
         if x_TD.stride(1) != 1:
             x_TD = x_TD.contiguous()
         ids_TK = ids_TK.to(torch.int64).contiguous()
@@ -45,7 +49,6 @@ class Layer:
         gates_T = None
         if self.gate:
             gates_T = reference.evaluate(self.gate, x_TD, None, self.shared).contiguous()
-        tokens, slots = ids_TK.shape
         out = torch.empty(tokens, self.routed.out, dtype=self.out_dtype)
         call = CCall(
             x_TD.data_ptr(),
@@ -106,6 +109,8 @@ def bind(
 
 
 def _ffn(body: Body, hidden: int, experts: int, x: Tensor, params: Sequence[Tensor]) -> CFfn:
+    if counts := {len(p) for p in params} - {experts}:
+        raise Unsupported(f"it has tensors of {counts.pop()} experts, not {experts}")
     made = c_ffn(as_ffn(body, hidden, [operand(p) for p in params]), experts, params)
     if made.dtype != DTYPES.get(x.dtype):
         raise Unsupported(f"its tokens are {x.dtype}, its matrices are not")
