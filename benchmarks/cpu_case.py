@@ -25,7 +25,7 @@ _GATHERED = 2e9  # bytes: what gathers more, a matrix for every pair, is hopeles
 _AWAKE = 16  # tokens up to which a call is so short that waking threads would show
 _REST = 0.03  # seconds after which the threads of another way no longer spin
 _TRIES, _LONG = 4, 0.5  # calls before one is hopeless, and seconds that need no second thought
-_ROUNDS = 100  # at most
+_ROUNDS, _LEAST_SECONDS = 100, 1.0  # at most so many rounds, for at least so long
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def measure(subject: Subject, tokens: int, seconds: float) -> Case:
     found = interleaved(
         calls,
         _ROUNDS,
-        budget_seconds=max(seconds / 2, seconds - (time.perf_counter() - start)),
+        budget_seconds=max(_LEAST_SECONDS, seconds / 2, seconds - (time.perf_counter() - start)),
         before=before,
     )
     return _case(subject, tokens, statistics.mean(i.touched for i in given), found, left_out)

@@ -87,7 +87,9 @@ def _subject(others: Sequence[Way], experts_off: float = 0.0) -> Subject:
 
 
 @torch.inference_mode()
-def test_what_is_wrong_or_fails_is_left_out_and_named() -> None:
+def test_what_is_wrong_or_fails_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_case, "_ROUNDS", 3)
+
     def fails(i: Input) -> Tensor:
         raise RuntimeError("no such kernel\nand more")
 
@@ -96,7 +98,7 @@ def test_what_is_wrong_or_fails_is_left_out_and_named() -> None:
     assert set(case.figures) == {OURS, ROUTED, "eager"} and case.best == "eager"
     assert case.left_out["failing"] == "RuntimeError: no such kernel" and case.left_out["x"] == "y"
     assert "from eager" in case.left_out["wrong"]
-    assert case.touched <= 9 and case.rounds + case.discarded == 5
+    assert case.touched <= 9 and case.rounds + case.discarded == 3
     assert case.layer_floor > case.routed_floor > 0
 
 
