@@ -24,6 +24,7 @@ struct Batch {
     int64_t per_token, slots;
     const float *weights;  // by pair; none where no term reads them
     float *y;
+    bool past_caches;  // y is too large to stay in a cache, and its rows begin at cache lines
 };
 
 // Memory that is read next: up to two stretches, walked side by side while something else is computed.

@@ -251,7 +251,7 @@ struct ByLanes {
                     const int64_t i = (block.first + v) * kLanes + lane;
                     if (i >= rows.count) break;
                     float *to = batch.y + rows.pair(static_cast<int32_t>(i)) * f.out + from + r;
-                    there == kLanes ? t[lane].store(to) : t[lane].store(to, there);
+                    store_output(t[lane], there, to, batch.past_caches);
                 }
             }
         }

@@ -13,7 +13,8 @@ struct Level {
     static size_t packed_bytes(const Rows &rows) { return wide(rows) ? Wide::packed_bytes(rows) : Narrow::packed_bytes(rows); }
     static size_t hidden_bytes(const Rows &rows) { return wide(rows) ? Wide::hidden_bytes(rows) : Narrow::hidden_bytes(rows); }
     static size_t panel_bytes(const Ffn &f) { return f.dtype == kFloat32 ? Wide::panel_bytes(f) : Narrow::panel_bytes(f); }
-    static void nothing() {}
+    static void enter() {}
+    static void leave() { _mm_sfence(); }  // others read what was written past the caches
     static void pack(const Batch &batch, const Rows &rows, Worker &worker) {
         wide(rows) ? Wide::pack(batch, rows, worker) : Narrow::pack(batch, rows, worker);
     }
@@ -31,7 +32,7 @@ struct Level {
 template <class InFloat32, class InBfloat16>
 constexpr Kernels of_level() {
     using L = Level<InFloat32, InBfloat16>;
-    return {L::tiled, L::packed_bytes, L::hidden_bytes, L::panel_bytes, L::nothing, L::nothing, L::pack, L::first, L::second, add_rows};
+    return {L::tiled, L::packed_bytes, L::hidden_bytes, L::panel_bytes, L::enter, L::leave, L::pack, L::first, L::second, add_rows};
 }
 
 }  // namespace

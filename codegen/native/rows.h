@@ -169,6 +169,13 @@ struct ByRows {
     }
 };
 
+// The first n numbers of v to y. Lines that will have left the caches when they are read need not be read to be written.
+inline void store_output(Vec v, int n, float *y, bool past_caches) {
+    if (n < Vec::kLanes) v.store(y, n);
+    else if (past_caches) v.store_past_caches(y);
+    else v.store(y);
+}
+
 // out[i] = Σ factors[r] · rows[r][i].
 inline void add_rows(const float *const *rows, const float *factors, int count, int64_t width, int32_t dtype, void *out) {
     int64_t i = 0;

@@ -17,6 +17,8 @@ constexpr int32_t kMaxRows = 256;
 // Bytes of y at most, and of what a thread keeps from call to call; more tokens are taken in several turns.
 constexpr size_t kMaxSums = size_t(96) << 20;
 constexpr int64_t kMinTokens = 256;
+// Sums larger than this are written past the caches.
+constexpr size_t kCache = size_t(8) << 20;
 // A thread would wait so much of the time for another, at most, before experts are divided among threads.
 constexpr double kMaxIdle = 0.06;
 // Outputs of an expert's products that a thread takes at once when experts are divided.
@@ -73,6 +75,7 @@ class Turn {
         threads_ = std::max(1, call_.threads);
         const bool whole = idle(items_, threads_) <= kMaxIdle;
         const size_t sums = aligned(sizeof(float) * count * (call_.slots + (shared_ ? 1 : 0)) * routed_.out);
+        past_caches_ = sums > kCache && routed_.out % 16 == 0;
         const size_t panels = std::max(kernels_.panel_bytes(routed_), shared_ ? kernels_.panel_bytes(*shared_) : 0);
         const size_t values = sizeof(float) * kBlock * kMaxLines;
         size_t rows = 0;  // of one worker, or of all items
@@ -117,6 +120,7 @@ class Turn {
         const std::vector<float> &weights = routed ? weights_ : gates_;
         b.weights = weights.empty() ? nullptr : weights.data();
         b.y = routed ? y_ : y_ + count_ * call_.slots * routed_.out;
+        b.past_caches = past_caches_;
         return b;
     }
 
@@ -240,6 +244,7 @@ class Turn {
     int64_t begin_ = 0, count_ = 0;
     int threads_ = 1;
     float *y_ = nullptr;
+    bool past_caches_ = false;
     std::vector<int32_t> order_;
     std::vector<float> weights_, gates_;
     std::vector<Item> items_;

@@ -30,7 +30,10 @@ struct ByTiles {
         asm volatile("" : : "r"(config) : "memory");  // the intrinsic of gcc 12 declares 8 of the 64 bytes
         _tile_loadconfig(config);
     }
-    static void leave() { _tile_release(); }
+    static void leave() {
+        _tile_release();
+        _mm_sfence();  // others read what was written past the caches
+    }
 
     static void pack(const Batch &batch, const Rows &rows, Worker &worker) {
         const Ffn &f = *rows.ffn;
@@ -251,7 +254,7 @@ struct ByTiles {
         transpose(r);
         for (int i = 0; i < kSide && block * kSide + i < rows.count; i++) {
             float *to = batch.y + rows.pair(static_cast<int32_t>(block * kSide + i)) * f.out + from;
-            valid == kSide ? Vec{r[i]}.store(to) : Vec{r[i]}.store(to, valid);
+            store_output({r[i]}, valid, to, batch.past_caches);
         }
     }
 };

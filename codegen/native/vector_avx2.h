@@ -29,6 +29,7 @@ struct Vec {
     }
 
     void store(float *p) const { _mm256_storeu_ps(p, v); }
+    void store_past_caches(float *p) const { store(p); }  // half a line would be read to be completed
     void store(float *p, int n) const { _mm256_maskstore_ps(p, mask(n), v); }
     void store(uint16_t *p) const { _mm_storeu_si128(reinterpret_cast<__m128i *>(p), narrowed()); }
     void store(uint16_t *p, int n) const {

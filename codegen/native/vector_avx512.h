@@ -25,6 +25,7 @@ struct Vec {
     static Vec load(const uint16_t *p, int n) { return widened(_mm256_maskz_loadu_epi16(mask(n), p)); }
 
     void store(float *p) const { _mm512_storeu_ps(p, v); }
+    void store_past_caches(float *p) const { _mm512_stream_ps(p, v); }  // a whole cache line
     void store(float *p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
     void store(uint16_t *p) const { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), narrowed()); }
     void store(uint16_t *p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), narrowed()); }
