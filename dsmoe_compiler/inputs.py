@@ -81,6 +81,9 @@ class _Leaf:
     constant: object = None
 
 
+_REMEMBERED = 256  # calls' shapes, at most
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The inputs a program takes."""
@@ -220,6 +223,30 @@ class Inputs:
         return first + below, f"L['{first}']{below}"
 
     def _check(self, leaves: list[Any]) -> list[Any]:
+        """The leaves as the graph takes them. What holds of tensors depends on their shapes and dtypes alone,
+        so that shapes which have passed are looked up.
+        """
+        seen = tuple((v.dtype, *v.shape) if isinstance(v, Tensor) else None for v in leaves)
+        if any(isinstance(n, torch.SymInt) for each in seen for n in each or ()):  # being traced
+            return self._checked(leaves)
+        if seen in self._passed:
+            return [
+                value if leaf.sizes is not None else self._check_leaf(leaf, value, {})
+                for leaf, value in zip(self._leaves, leaves, strict=True)
+            ]
+        checked = self._checked(leaves)
+        if all(a is b for a, b in zip(checked, leaves, strict=True) if isinstance(b, Tensor)):
+            if len(self._passed) >= _REMEMBERED:
+                self._passed.clear()
+            self._passed.add(seen)
+        return checked
+
+    @cached_property
+    def _passed(self) -> set[tuple[tuple[Any, ...] | None, ...]]:
+        """Each input's dtype and sizes (None of one that is no tensor) in calls that passed."""
+        return set()
+
+    def _checked(self, leaves: list[Any]) -> list[Any]:
         sizes: dict[sympy.Expr, tuple[int, str]] = {}
         checked = [
             self._check_leaf(leaf, value, sizes) for leaf, value in zip(self._leaves, leaves, strict=True)
