@@ -213,6 +213,16 @@ def test_other_bodies(
 
 
 @at_each_level
+@both_dtypes
+@few_and_many
+@pytest.mark.parametrize("width", [1, 5, 23, 31, 33])
+def test_a_term_that_is_infinite_at_zero(width: int, tokens: int, dtype: torch.dtype, level: str) -> None:
+    """Hidden numbers that only fill a vector are not its value there."""
+    text = "h=linear(x,p0); linear(where(eq(h,0.0),inf,h),p1)"
+    close(experts(text, [(width, D), (D, width)], tokens=tokens, hidden=D, dtype=dtype), level)
+
+
+@at_each_level
 @pytest.mark.parametrize(
     ("text", "shapes"),
     [
