@@ -167,6 +167,7 @@ def test_programs_in_threads_that_end() -> None:
                 assert relative(got, layer(x_TD)) < 1e-5
 
 
+@pytest.mark.slow  # 200 MB
 @at_each_level
 def test_tokens_in_several_turns(level: str) -> None:
     """So many slots of so wide outputs that the rows of all tokens do not fit at once."""
