@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
@@ -77,7 +78,8 @@ def _where_one(body: Body) -> Body:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.view(torch.int32).equal(b.view(torch.int32))
+    """Of numbers: what is no number has a sign that means nothing, and differs by how it came about."""
+    return a.nan_to_num(math.pi).view(torch.int32).equal(b.nan_to_num(math.pi).view(torch.int32))
 
 
 def _operands(op: str) -> list[Tensor]:
