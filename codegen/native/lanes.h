@@ -76,8 +76,7 @@ struct ByLanes {
     static void pack(const Batch &batch, const Rows &rows, Worker &worker) {
         const Ffn &f = *rows.ffn;
         const int64_t width = Whole::padded(f.hidden), numbers = round_up(f.hidden, kEven) / kPerNumber;
-        for (int64_t b = 0; b < blocks(rows); b++) {
-            const Block block = at(rows, b);
+        for (Block block = block_at(rows, 0); block.vectors > 0; block = block_at(rows, block.first + block.vectors)) {
             for (int64_t v = 0; v < block.vectors; v++) {
                 const float *from[kLanes];
                 for (int lane = 0; lane < kLanes; lane++) {
@@ -108,8 +107,7 @@ struct ByLanes {
             Panel panels[2];
             for (int p = 0; p < f.products; p++) panels[p] = panel(f.first[p], rows.expert, from, valid, f.hidden, p, worker);
             Reader ahead(to < range.to ? before_first(rows, to, end) : range.next, steps(rows, f.hidden) * f.products);
-            for (int64_t b = 0; b < blocks(rows); b++) {
-                const Block block = at(rows, b);
+            for (Block block = block_at(rows, 0); block.vectors > 0; block = block_at(rows, block.first + block.vectors)) {
                 const float *x = reinterpret_cast<const float *>(rows.packed + block.first * vector_bytes(f.hidden));
                 for (int p = 0; p < f.products; p++) multiply(panels[p], block.vectors, x, f.hidden, sums[p], ahead);
                 float *h = reinterpret_cast<float *>(rows.hidden + block.first * vector_bytes(f.width));
@@ -126,8 +124,7 @@ struct ByLanes {
             const int64_t end = to + kHiddenStep < range.to ? to + kHiddenStep : range.to;
             const Panel weights = panel(f.down, rows.expert, from, static_cast<int>(to - from), f.width, 0, worker);
             Reader ahead(to < range.to ? before_second(rows, to, end) : range.next, steps(rows, f.width));
-            for (int64_t b = 0; b < blocks(rows); b++) {
-                const Block block = at(rows, b);
+            for (Block block = block_at(rows, 0); block.vectors > 0; block = block_at(rows, block.first + block.vectors)) {
                 const float *h = reinterpret_cast<const float *>(rows.hidden + block.first * vector_bytes(f.width));
                 multiply(weights, block.vectors, h, f.width, sums, ahead);
                 finish(batch, rows, block, from, static_cast<int>(to - from), sums, worker);
@@ -143,15 +140,17 @@ struct ByLanes {
     };
 
     static int64_t vectors(const Rows &rows) { return (rows.count + kLanes - 1) / kLanes; }
-    static int64_t blocks(const Rows &rows) { return (vectors(rows) + kMost - 1) / kMost; }
-    static Block at(const Rows &rows, int64_t b) {
-        const int64_t all = vectors(rows), count = blocks(rows), first = all * b / count;
-        return {first, static_cast<int>(all * (b + 1) / count - first)};
+    // The block that begins at vector `first`: as large as it may be, but twice two rather than four (measured in
+    // GFLOP/s a core: six vectors 220, five 196, four 175, three 200, two 185, one 150).
+    static Block block_at(const Rows &rows, int64_t first) {
+        const int64_t left = vectors(rows) - first;
+        return {first, static_cast<int>(left >= kMost ? kMost : left == 4 ? 2 : left)};
     }
     static size_t vector_bytes(int64_t inputs) { return round_up(inputs, 2) / kPerNumber * sizeof(float) * kLanes; }
     static int64_t steps(const Rows &rows, int64_t inputs) {
         int64_t groups = 0;
-        for (int64_t b = 0; b < blocks(rows); b++) groups += kHiddenStep / rows_at_once(at(rows, b).vectors);
+        for (Block block = block_at(rows, 0); block.vectors > 0; block = block_at(rows, block.first + block.vectors))
+            groups += kHiddenStep / rows_at_once(block.vectors);
         return groups * ((inputs + kEven - 1) / kEven);
     }
 

@@ -12,8 +12,9 @@
 
 namespace {
 
-// Rows of an expert that one thread takes at once: packed and hidden, they stay in its cache beside the weights.
-constexpr int32_t kMaxRows = 256;
+// Rows of an expert that one thread takes at once: packed and hidden they stay in its cache, so many bytes of which are
+// left beside the weights; fewer rows would not be worth reading the weights once more.
+constexpr int64_t kRowBytes = 1 << 20, kLeastRows = 96, kMostRows = 256;
 // Bytes of y at most, and of what a thread keeps from call to call; more tokens are taken in several turns.
 constexpr size_t kMaxSums = size_t(96) << 20;
 constexpr int64_t kMinTokens = 256;
@@ -40,7 +41,8 @@ size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 // An expert's rows, in parts of about the same size that are whole tiles.
 void add_items(std::vector<Item> &items, const Ffn &ffn, int64_t expert, const int32_t *pairs, int32_t first, int32_t count,
                const Kernels &kernels) {
-    const int32_t parts = (count + kMaxRows - 1) / kMaxRows;
+    const int64_t bytes = (ffn.hidden + ffn.width) * element_bytes(ffn.dtype);
+    const int64_t most = std::clamp(kRowBytes / bytes, kLeastRows, kMostRows), parts = (count + most - 1) / most;
     const int32_t size = static_cast<int32_t>(round_up((count + parts - 1) / parts, parts > 1 ? 32 : 1));
     for (int32_t begin = 0; begin < count; begin += size) {
         const int32_t n = std::min(size, count - begin);
