@@ -28,6 +28,23 @@ struct Vec {
         return load(whole);
     }
 
+    // Every other number, the first one first; nothing beyond the last is read.
+    static Vec alternate(const float *p) {
+        const __m256 a = _mm256_loadu_ps(p), b = _mm256_maskload_ps(p + 8, mask(7));
+        const __m256 both = _mm256_shuffle_ps(a, b, 0x88);  // of a, of b, of a, of b: two of each
+        return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(both), 0xd8))};
+    }
+    // Of two rows of bfloat16, a number of each in a lane, the first row's in the lower half.
+    static Vec both_rows(const uint16_t *low, const uint16_t *high) {
+        const __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(low)));
+        const __m256i b = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(high)));
+        return {_mm256_castsi256_ps(_mm256_or_si256(a, _mm256_slli_epi32(b, 16)))};
+    }
+    static Vec both_rows_alternate(const uint16_t *low, const uint16_t *high) {
+        const __m256i lower = _mm256_and_si256(fifteen(low), _mm256_set1_epi32(0xffff));
+        return {_mm256_castsi256_ps(_mm256_or_si256(lower, _mm256_slli_epi32(fifteen(high), 16)))};
+    }
+
     void store(float *p) const { _mm256_storeu_ps(p, v); }
     void store_past_caches(float *p) const { store(p); }  // half a line would be read to be completed
     void store(float *p, int n) const { _mm256_maskstore_ps(p, mask(n), v); }
@@ -58,6 +75,11 @@ struct Vec {
     }
 
   private:
+    static __m256i fifteen(const uint16_t *p) {
+        uint16_t whole[16] = {};
+        memcpy(whole, p, 15 * sizeof(uint16_t));
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(whole));
+    }
     static int32_t pair(const uint16_t *p) {
         int32_t both;
         memcpy(&both, p, sizeof both);

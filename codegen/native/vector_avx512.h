@@ -24,6 +24,23 @@ struct Vec {
     static Vec load(const float *p, int n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
     static Vec load(const uint16_t *p, int n) { return widened(_mm256_maskz_loadu_epi16(mask(n), p)); }
 
+    // Every other number, the first one first; nothing beyond the last is read.
+    static Vec alternate(const float *p) {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), even, _mm512_maskz_loadu_ps(0x7fff, p + 16))};
+    }
+    // Of two rows of bfloat16, a number of each in a lane, the first row's in the lower half.
+    static Vec both_rows(const uint16_t *low, const uint16_t *high) {
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(low)));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(high)));
+        return {_mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)))};
+    }
+    static Vec both_rows_alternate(const uint16_t *low, const uint16_t *high) {
+        const __m512i a = _mm512_maskz_loadu_epi16(0x7fffffff, low), b = _mm512_maskz_loadu_epi16(0x7fffffff, high);
+        const __m512i lower = _mm512_and_si512(a, _mm512_set1_epi32(0xffff));
+        return {_mm512_castsi512_ps(_mm512_or_si512(lower, _mm512_slli_epi32(b, 16)))};
+    }
+
     void store(float *p) const { _mm512_storeu_ps(p, v); }
     void store_past_caches(float *p) const { _mm512_stream_ps(p, v); }  // a whole cache line
     void store(float *p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }

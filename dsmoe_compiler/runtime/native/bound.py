@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dsmoe_compiler.codegen.ffn import Unsupported
 from dsmoe_compiler.ir.spec import ExpertsSpec, SharedSpec
-from dsmoe_compiler.runtime.native.experts import Layer, bind
+from dsmoe_compiler.runtime.native.experts import Layer, choose
 from dsmoe_compiler.runtime.native.library import Library
 
 
@@ -49,7 +49,7 @@ class Bound:
         self, x: Tensor, weights: Tensor, params: Sequence[Tensor], shared: Sequence[Tensor]
     ) -> Layer | Unsupported:
         try:
-            return bind(self.library, self.spec, x, weights, params, self.shared, shared)
+            return choose(self.library, self.spec, x, weights, params, self.shared, shared)
         except Unsupported as e:
             return e
 

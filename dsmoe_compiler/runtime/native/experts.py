@@ -108,6 +108,29 @@ def bind(
     return Layer(library, routed, always, gate, out, tuple(params), tuple(shared))
 
 
+def choose(
+    library: Library,
+    spec: ExpertsSpec,
+    x: Tensor,
+    weights: Tensor,
+    params: Sequence[Tensor],
+    shared_spec: SharedSpec | None = None,
+    shared: Sequence[Tensor] = (),
+) -> Layer:
+    """As `bind`, where that is faster than torch's operators. Raises Unsupported where it is not, too."""
+    layer = bind(library, spec, x, weights, params, shared_spec, shared)
+    for ffn in (layer.routed, layer.always):
+        if ffn is not None and ffn.dtype == DTYPES[torch.float32] and _apart(ffn):
+            raise Unsupported("torch's products are faster on float32 matrices (in, out)")
+    return layer
+
+
+def _apart(ffn: CFfn) -> bool:
+    """Whether a matrix has its inputs apart, so that its rows must be brought together first."""
+    matrices = (*ffn.first[: ffn.products], ffn.down)
+    return any(matrix.per_input != 1 for matrix in matrices)
+
+
 def _ffn(body: Body, hidden: int, experts: int, x: Tensor, params: Sequence[Tensor]) -> CFfn:
     if counts := {len(p) for p in params} - {experts}:
         raise Unsupported(f"it has tensors of {counts.pop()} experts, not {experts}")

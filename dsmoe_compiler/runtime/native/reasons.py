@@ -8,7 +8,7 @@ from dsmoe_compiler.codegen.ffn import Unsupported
 from dsmoe_compiler.ir import reference
 from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.runtime.fused_layers import FusedLayer, fused_layers
-from dsmoe_compiler.runtime.native.experts import bind
+from dsmoe_compiler.runtime.native.experts import choose
 from dsmoe_compiler.runtime.native.library import Library, native
 
 
@@ -30,13 +30,13 @@ def _why(library: Library, layer: FusedLayer) -> str:
     if weights is None:
         weights, _ = reference.route_tokens(given.x, given.router, spec)
     try:
-        bind(library, spec.experts, given.x, weights, given.params)
+        choose(library, spec.experts, given.x, weights, given.params)
     except Unsupported as e:
         return str(e)
     if spec.shared is None:
         return ""
     try:
-        bind(library, spec.experts, given.x, weights, given.params, spec.shared, given.shared)
+        choose(library, spec.experts, given.x, weights, given.params, spec.shared, given.shared)
     except Unsupported as e:
         return f"of its shared experts: {e}"
     return ""
