@@ -21,7 +21,7 @@ unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 help:
 	@echo "make demo   compile a DeepSeekMoE model on this machine and show what happened"
 	@echo "make test   lint, then the tests            (PYTEST_ARGS=... goes to pytest)"
-	@echo "make lint   ruff, mypy --strict, the import direction"
+	@echo "make lint   ruff, clang-format, mypy --strict, the import direction"
 	@echo "make mutation  take each proof obligation out: does a test miss it?  (MUTATION_ARGS=...)"
 	@echo "make setup  fill .venv                      (PIP_ARGS=... goes to pip)"
 
@@ -37,6 +37,7 @@ test: lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror codegen/native/*.h codegen/native/*.cpp
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports --no-logo
 

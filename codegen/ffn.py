@@ -139,7 +139,7 @@ class _Reader:
 
     def _operand(self, at: int, columns: _Columns) -> int:
         """An operand's line; one number stands for every column."""
-        single = self.widths[at] <= 1 and columns.count > 1
+        single = self.widths[at] == 1
         return self.read(at, _Columns(0, 1, 1) if single else columns)
 
     def _vector(self, param: int, columns: _Columns) -> int:

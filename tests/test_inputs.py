@@ -164,6 +164,18 @@ def test_a_branch_on_sizes_is_held_to(what: str) -> None:
     assert str(caught.value) == says
 
 
+def test_what_passed_once_passes_in_its_place_only() -> None:
+    """Shapes that were taken are remembered by argument."""
+    made = dsmoe.compile(lambda x, n: x * n, (torch.ones(3, 4), 2))
+    made(torch.ones(3, 4), 2)
+    with pytest.raises(dsmoe.DsmoeError):
+        made(2, torch.ones(3, 4))
+    with pytest.raises(dsmoe.DsmoeError):
+        made(torch.ones(3, 4), 3)
+    with pytest.raises(dsmoe.DsmoeError):
+        made(torch.ones(3, 4).double(), 2)
+
+
 def test_a_sum_over_the_rows_of_a_view_takes_one_row() -> None:
     """torch asks whether there is more than one, and the answer is the same."""
 

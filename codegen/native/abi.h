@@ -40,8 +40,8 @@ struct Ffn {
     int32_t dtype;                        // of x and of the matrices
     int32_t products;                     // 1 or 2
     int32_t weighted;
-    Matrix first[2];                      // (F, D) each
-    Matrix down;                          // (out, F)
+    Matrix first[2];  // (F, D) each
+    Matrix down;      // (out, F)
     Term factor, middle, last;
     const Vector *vectors;  // the terms' vectors, by number
 };
@@ -49,13 +49,13 @@ struct Ffn {
 // out[t] = Σ_k routed(x[t]) of expert ids[t·K + k], plus shared(x[t]); id −1 adds nothing.
 struct Call {
     const void *x;
-    int64_t per_token;     // from one of x's rows to the next
+    int64_t per_token;  // from one of x's rows to the next
     int64_t tokens, slots;
-    const int64_t *ids;    // (T, K), dense
-    const void *weights;   // (T, K), dense; null where no term reads them
-    const void *gates;     // (T,), dense: the weights of the shared experts; null likewise
+    const int64_t *ids;   // (T, K), dense
+    const void *weights;  // (T, K), dense; null where no term reads them
+    const void *gates;    // (T,), dense: the weights of the shared experts; null likewise
     int32_t weights_dtype, gates_dtype, out_dtype;
-    void *out;             // (T, out), dense
+    void *out;  // (T, out), dense
     int32_t threads;
     int32_t level;
 };

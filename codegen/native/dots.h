@@ -45,13 +45,14 @@ struct Pairs {
 };
 #endif
 
-constexpr int kDotRows = 4;                               // weight rows of a block
-constexpr int kDotTokens = Vec::kLanes == 16 ? 6 : 3;     // tokens of a block: as many sums as there are registers for
+constexpr int kDotRows = 4;                            // weight rows of a block
+constexpr int kDotTokens = Vec::kLanes == 16 ? 6 : 3;  // tokens of a block: as many sums as there are registers for
 
 // sums[t · stride + r] = Σ_k w[r][k] · x[t][k], of N tokens.
 template <class Dot, int N>
-inline __attribute__((always_inline)) void dots(const typename Dot::Weight *const *w, const typename Dot::Token *const *x,
-                                                int64_t inputs, float *sums, int stride, Reader &ahead) {
+inline __attribute__((always_inline)) void dots(const typename Dot::Weight *const *w,
+                                                const typename Dot::Token *const *x, int64_t inputs, float *sums,
+                                                int stride, Reader &ahead) {
     typename Dot::Sum c[N][kDotRows];
     for (int t = 0; t < N; t++)
         for (int r = 0; r < kDotRows; r++) c[t][r] = Vec::of(0.f);
@@ -78,15 +79,22 @@ template <class Dot>
 inline void dots(int n, const typename Dot::Weight *const *w, const typename Dot::Token *const *x, int64_t inputs,
                  float *sums, int stride, Reader &ahead) {
     switch (n) {
-        case 1: return dots<Dot, 1>(w, x, inputs, sums, stride, ahead);
-        case 2: return dots<Dot, 2>(w, x, inputs, sums, stride, ahead);
-        case 3: return dots<Dot, 3>(w, x, inputs, sums, stride, ahead);
+        case 1:
+            return dots<Dot, 1>(w, x, inputs, sums, stride, ahead);
+        case 2:
+            return dots<Dot, 2>(w, x, inputs, sums, stride, ahead);
+        case 3:
+            return dots<Dot, 3>(w, x, inputs, sums, stride, ahead);
 #if !defined(DSMOE_FEW_REGISTERS)
-        case 4: return dots<Dot, 4>(w, x, inputs, sums, stride, ahead);
-        case 5: return dots<Dot, 5>(w, x, inputs, sums, stride, ahead);
-        case 6: return dots<Dot, 6>(w, x, inputs, sums, stride, ahead);
+        case 4:
+            return dots<Dot, 4>(w, x, inputs, sums, stride, ahead);
+        case 5:
+            return dots<Dot, 5>(w, x, inputs, sums, stride, ahead);
+        case 6:
+            return dots<Dot, 6>(w, x, inputs, sums, stride, ahead);
 #endif
-        default: __builtin_unreachable();
+        default:
+            __builtin_unreachable();
     }
 }
 

@@ -55,7 +55,8 @@ inline Vec silu(Vec x) { return x / (Vec::of(1.f) + exponential_above(Vec::of(0.
 
 // Cephes tanhf: a polynomial near 0, by eˣ elsewhere.
 inline Vec hyperbolic_tangent(Vec x) {
-    const float terms[] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f};
+    const float terms[] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
+                           -3.33332819422e-1f};
     const Vec one = Vec::of(1.f), two = Vec::of(2.f), square = x * x;
     const Vec near = fma(polynomial(square, terms) * square, x, x);
     const Vec far = one - two / (exponential(two * absolute(x)) + one);
@@ -91,7 +92,6 @@ enum Operator : int32_t {
 #undef SCALAR
 };
 
-
 // What a block's term reads. A block is `rows` × `columns` numbers; the columns of rows that are tokens are outputs
 // `column`, `column + 1`, …, and the other way round where the tokens are in the lanes.
 struct Reads {
@@ -117,7 +117,8 @@ inline void spread(const Instruction &line, const Reads &reads, int rows, int co
         const int width = kTokensInLanes ? rows : columns;
         for (int i = 0; i < width; i++) {
             const int64_t column = reads.column + (i < reads.valid ? i : 0);
-            outputs[i] = number(vector.data, vector.dtype, reads.expert * vector.per_expert + column * vector.per_column);
+            outputs[i] =
+                number(vector.data, vector.dtype, reads.expert * vector.per_expert + column * vector.per_column);
         }
         from = outputs;
     }
@@ -150,26 +151,26 @@ inline const float *evaluate(const Term &term, const Reads &reads, int rows, int
         }
         const float *pa = values[line.args[0]], *pb = values[line.args[1]], *pc = values[line.args[2]];
         switch (line.op) {
-#define VECTOR(name, expression)                                                                           \
-    case kOp_##name: {                                                                                     \
+#define VECTOR(name, expression)                                                                                     \
+    case kOp_##name: {                                                                                               \
         const Vec k0 = Vec::of(line.constants[0]), k1 = Vec::of(line.constants[1]), k2 = Vec::of(line.constants[2]); \
-        (void)k0, (void)k1, (void)k2;                                                                      \
-        for (int j = 0; j < count; j += Vec::kLanes) {                                                     \
-            const Vec a = Vec::load(pa + j), b = Vec::load(pb + j), c = Vec::load(pc + j);                 \
-            (void)b, (void)c;                                                                              \
-            (expression).store(to + j);                                                                    \
-        }                                                                                                  \
-        break;                                                                                             \
+        (void)k0, (void)k1, (void)k2;                                                                                \
+        for (int j = 0; j < count; j += Vec::kLanes) {                                                               \
+            const Vec a = Vec::load(pa + j), b = Vec::load(pb + j), c = Vec::load(pc + j);                           \
+            (void)b, (void)c;                                                                                        \
+            (expression).store(to + j);                                                                              \
+        }                                                                                                            \
+        break;                                                                                                       \
     }
-#define SCALAR(name, expression)                                            \
-    case kOp_##name: {                                                      \
-        const float k0 = line.constants[0], k1 = line.constants[1];         \
-        (void)k0, (void)k1;                                                 \
-        for (int j = 0; j < count; j++) {                                   \
-            const float a = pa[j];                                          \
-            to[j] = expression;                                             \
-        }                                                                   \
-        break;                                                              \
+#define SCALAR(name, expression)                                    \
+    case kOp_##name: {                                              \
+        const float k0 = line.constants[0], k1 = line.constants[1]; \
+        (void)k0, (void)k1;                                         \
+        for (int j = 0; j < count; j++) {                           \
+            const float a = pa[j];                                  \
+            to[j] = expression;                                     \
+        }                                                           \
+        break;                                                      \
     }
 #include "operators.def"
 #undef VECTOR

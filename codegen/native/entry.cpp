@@ -58,6 +58,6 @@ DSMOE_API int32_t dsmoe_max_lines() { return kMaxLines; }
 // One layer; `shared` may be null. 0 done, 1 an id is no expert's, 2 out of memory, 3 not a level of this machine.
 DSMOE_API int32_t dsmoe_run(const Ffn *routed, const Ffn *shared, const Call *call) {
     const Kernels *const levels[] = {&kAvx2, &kAvx512, &kAvx512Bf16, &kAmx};
-    if (call->level < 1 || call->level > machine()) return 3;
+    if (call->level < 1 || call->level > machine()) return kBadLevel;
     return run(*routed, shared, *call, *levels[call->level - 1]);
 }

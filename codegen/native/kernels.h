@@ -11,9 +11,9 @@ struct Rows {
     int64_t expert;
     const int32_t *pairs;
     int32_t first_pair, count;
-    int32_t tiled;   // the level's choice: so many of them, the first ones, lie packed in tiles or lanes
-    char *packed;    // the tokens as the level reads them, where it does not read x itself
-    char *hidden;    // the middle term's rows
+    int32_t tiled;  // the level's choice: so many of them, the first ones, lie packed in tiles or lanes
+    char *packed;   // the tokens as the level reads them, where it does not read x itself
+    char *hidden;   // the middle term's rows
 
     int64_t pair(int32_t i) const { return pairs ? pairs[i] : first_pair + i; }
 };
@@ -66,17 +66,21 @@ extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmx;
 
 inline size_t element_bytes(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// What products of these outputs read, where their rows are dense; `steps` outputs from `from` on.
+// What products of so many outputs, from `from` on, read where their inputs are side by side.
 inline Ahead stretch(const Ffn &ffn, const Matrix *matrices, int count, int64_t expert, int64_t from, int64_t outputs,
                      int64_t inputs) {
     Ahead ahead;
+    if (outputs < 1) return ahead;
     const size_t size = element_bytes(ffn.dtype);
     for (int m = 0; m < count; m++) {
         const Matrix &matrix = matrices[m];
         if (matrix.per_input != 1) return Ahead();
-        const char *at = static_cast<const char *>(matrix.data) + (expert * matrix.per_expert + from * matrix.per_output) * size;
+        const char *at =
+            static_cast<const char *>(matrix.data) + (expert * matrix.per_expert + from * matrix.per_output) * size;
         ahead.at[m] = at;
         ahead.lines = ((outputs - 1) * matrix.per_output + inputs) * size / 64;
     }

@@ -12,7 +12,8 @@ namespace {
 template <class Dot, int R, int N>
 struct Spread {  // in float32
     static constexpr int64_t kInputs = 1;
-    static inline __attribute__((always_inline)) void step(Vec (&c)[R][N], const float *w, int64_t stride, const float *x) {
+    static inline __attribute__((always_inline)) void step(Vec (&c)[R][N], const float *w, int64_t stride,
+                                                           const float *x) {
         Vec v[N];
         for (int n = 0; n < N; n++) v[n] = Vec::load(x + n * Vec::kLanes);
         for (int r = 0; r < R; r++) {
@@ -25,7 +26,8 @@ struct Spread {  // in float32
 template <int R, int N>
 struct Spread<Widened, R, N> {  // two inputs: their weights are the halves of one number of 32 bits
     static constexpr int64_t kInputs = 2;
-    static inline __attribute__((always_inline)) void step(Vec (&c)[R][N], const uint16_t *w, int64_t stride, const float *x) {
+    static inline __attribute__((always_inline)) void step(Vec (&c)[R][N], const uint16_t *w, int64_t stride,
+                                                           const float *x) {
         for (int half = 0; half < 2; half++) {
             Vec v[N];
             for (int n = 0; n < N; n++) v[n] = Vec::load(x + (half * N + n) * Vec::kLanes);
@@ -41,7 +43,8 @@ struct Spread<Widened, R, N> {  // two inputs: their weights are the halves of o
 template <int R, int N>
 struct Spread<Pairs, R, N> {
     static constexpr int64_t kInputs = 2;
-    static inline __attribute__((always_inline)) void step(Vec (&c)[R][N], const uint16_t *w, int64_t stride, const float *x) {
+    static inline __attribute__((always_inline)) void step(Vec (&c)[R][N], const uint16_t *w, int64_t stride,
+                                                           const float *x) {
         __m512bh v[N];
         for (int n = 0; n < N; n++) v[n] = (__m512bh)_mm512_loadu_ps(x + n * Vec::kLanes);
         for (int r = 0; r < R; r++) {
@@ -82,14 +85,17 @@ struct ByLanes {
                 for (int lane = 0; lane < kLanes; lane++) {
                     const int64_t i = (block.first + v) * kLanes + lane;
                     Token *own = reinterpret_cast<Token *>(worker.panels) + lane * width;
-                    from[lane] = reinterpret_cast<const float *>(i < rows.count ? Whole::token_row(batch, rows, rows.pair(i), own, worker) : nullptr);
+                    from[lane] = reinterpret_cast<const float *>(
+                        i < rows.count ? Whole::token_row(batch, rows, rows.pair(i), own, worker) : nullptr);
                 }
                 float *to = reinterpret_cast<float *>(rows.packed + block.first * vector_bytes(f.hidden)) + v * kLanes;
                 for (int64_t k = 0; k < numbers; k += kLanes) {
                     const int there = static_cast<int>(numbers - k < kLanes ? numbers - k : kLanes);
                     Vec r[kLanes];
                     for (int lane = 0; lane < kLanes; lane++)
-                        r[lane] = !from[lane] ? Vec::of(0.f) : there == kLanes ? Vec::load(from[lane] + k) : Vec::load(from[lane] + k, there);
+                        r[lane] = !from[lane]       ? Vec::of(0.f)
+                                  : there == kLanes ? Vec::load(from[lane] + k)
+                                                    : Vec::load(from[lane] + k, there);
                     transpose(r);
                     for (int i = 0; i < there; i++) r[i].store(to + (k + i) * block.vectors * kLanes);
                 }
@@ -101,17 +107,20 @@ struct ByLanes {
         const Ffn &f = *rows.ffn;
         alignas(64) float sums[2][kHiddenStep * kMost * kLanes];
         for (int64_t from = range.from; from < range.to; from += kHiddenStep) {
-            const int64_t to = from + kHiddenStep < range.to ? from + kHiddenStep : range.to;
-            const int64_t end = to + kHiddenStep < range.to ? to + kHiddenStep : range.to;
+            const int64_t to = least(from + kHiddenStep, range.to);
+            const int64_t end = least(to + kHiddenStep, range.to);
             const int valid = static_cast<int>(to - from);
             Panel panels[2];
-            for (int p = 0; p < f.products; p++) panels[p] = panel(f.first[p], rows.expert, from, valid, f.hidden, p, worker);
-            Reader ahead(to < range.to ? before_first(rows, to, end) : range.next, steps(rows, f.hidden) * f.products);
-            for (Block block = block_at(rows, 0); block.vectors > 0; block = block_at(rows, block.first + block.vectors)) {
+            for (int p = 0; p < f.products; p++)
+                panels[p] = panel(f.first[p], rows.expert, from, valid, f.hidden, p, worker);
+            Reader ahead(to < range.to ? before_first(rows, to, end) : range.next,
+                         steps(rows, f.hidden) * f.products + kHiddenStep * vectors(rows) * kMiddleSteps);
+            for (Block block = block_at(rows, 0); block.vectors > 0;
+                 block = block_at(rows, block.first + block.vectors)) {
                 const float *x = reinterpret_cast<const float *>(rows.packed + block.first * vector_bytes(f.hidden));
                 for (int p = 0; p < f.products; p++) multiply(panels[p], block.vectors, x, f.hidden, sums[p], ahead);
                 float *h = reinterpret_cast<float *>(rows.hidden + block.first * vector_bytes(f.width));
-                activate(batch, rows, block, from, valid, sums[0], sums[1], h, worker);
+                activate(batch, rows, block, from, valid, sums[0], sums[1], h, ahead, worker);
             }
         }
     }
@@ -120,19 +129,23 @@ struct ByLanes {
         const Ffn &f = *rows.ffn;
         alignas(64) float sums[kHiddenStep * kMost * kLanes];
         for (int64_t from = range.from; from < range.to; from += kHiddenStep) {
-            const int64_t to = from + kHiddenStep < range.to ? from + kHiddenStep : range.to;
-            const int64_t end = to + kHiddenStep < range.to ? to + kHiddenStep : range.to;
+            const int64_t to = least(from + kHiddenStep, range.to);
+            const int64_t end = least(to + kHiddenStep, range.to);
             const Panel weights = panel(f.down, rows.expert, from, static_cast<int>(to - from), f.width, 0, worker);
-            Reader ahead(to < range.to ? before_second(rows, to, end) : range.next, steps(rows, f.width));
-            for (Block block = block_at(rows, 0); block.vectors > 0; block = block_at(rows, block.first + block.vectors)) {
+            Reader ahead(to < range.to ? before_second(rows, to, end) : range.next,
+                         steps(rows, f.width) + kHiddenStep * vectors(rows));
+            for (Block block = block_at(rows, 0); block.vectors > 0;
+                 block = block_at(rows, block.first + block.vectors)) {
                 const float *h = reinterpret_cast<const float *>(rows.hidden + block.first * vector_bytes(f.width));
                 multiply(weights, block.vectors, h, f.width, sums, ahead);
-                finish(batch, rows, block, from, static_cast<int>(to - from), sums, worker);
+                finish(batch, rows, block, from, static_cast<int>(to - from), sums, ahead, worker);
             }
         }
     }
 
   private:
+    static constexpr int kMiddleSteps = 3;  // what a vector of the middle term takes, in steps of a product's loop
+
     // Some vectors of tokens, from vector `first` on.
     struct Block {
         int64_t first;
@@ -158,10 +171,13 @@ struct ByLanes {
     static constexpr int rows_at_once(int vectors) { return vectors <= (kLanes == 16 ? 3 : 1) ? 8 : 4; }
 
     // The rows where they lie when all are there and their inputs come in whole steps, else a copy.
-    static Panel panel(const Matrix &m, int64_t expert, int64_t from, int outputs, int64_t inputs, int which, Worker &worker) {
-        if (m.per_input == 1 && outputs == kHiddenStep && inputs % kEven == 0) return in_place(m, sizeof(Weight), expert, from);
+    static Panel panel(const Matrix &m, int64_t expert, int64_t from, int outputs, int64_t inputs, int which,
+                       Worker &worker) {
+        if (m.per_input == 1 && outputs == kHiddenStep && inputs % kEven == 0)
+            return in_place(m, sizeof(Weight), expert, from);
         const int64_t padded = round_up(inputs, kEven);
-        return copied(m, sizeof(Weight), expert, from, outputs, kHiddenStep, inputs, padded, worker.panels + which * kHiddenStep * padded * sizeof(Weight));
+        return copied(m, sizeof(Weight), expert, from, outputs, kHiddenStep, inputs, padded,
+                      worker.panels + which * kHiddenStep * padded * sizeof(Weight));
     }
 
     template <int N>
@@ -188,19 +204,27 @@ struct ByLanes {
     // sums[output][token] of the panel's outputs and a block's tokens.
     static void multiply(const Panel &panel, int vectors, const float *x, int64_t inputs, float *sums, Reader &ahead) {
         switch (vectors) {
-            case 1: return multiply_vectors<1>(panel, x, inputs, sums, ahead);
-            case 2: return multiply_vectors<2>(panel, x, inputs, sums, ahead);
-            case 3: return multiply_vectors<3>(panel, x, inputs, sums, ahead);
+            case 1:
+                return multiply_vectors<1>(panel, x, inputs, sums, ahead);
+            case 2:
+                return multiply_vectors<2>(panel, x, inputs, sums, ahead);
+            case 3:
+                return multiply_vectors<3>(panel, x, inputs, sums, ahead);
 #if !defined(DSMOE_FEW_REGISTERS)
-            case 4: return multiply_vectors<4>(panel, x, inputs, sums, ahead);
-            case 5: return multiply_vectors<5>(panel, x, inputs, sums, ahead);
-            case 6: return multiply_vectors<6>(panel, x, inputs, sums, ahead);
+            case 4:
+                return multiply_vectors<4>(panel, x, inputs, sums, ahead);
+            case 5:
+                return multiply_vectors<5>(panel, x, inputs, sums, ahead);
+            case 6:
+                return multiply_vectors<6>(panel, x, inputs, sums, ahead);
 #endif
-            default: __builtin_unreachable();
+            default:
+                __builtin_unreachable();
         }
     }
 
-    static const float *weights_of(const Batch &batch, const Rows &rows, const Term &term, const Block &block, float *to) {
+    static const float *weights_of(const Batch &batch, const Rows &rows, const Term &term, const Block &block,
+                                   float *to) {
         if (term.weighs)
             for (int64_t i = 0; i < block.vectors * kLanes; i++) {
                 const int64_t at = block.first * kLanes + i;
@@ -210,8 +234,8 @@ struct ByLanes {
     }
 
     // The middle term, as the next product's tokens; zeros where inputs are multiplied that are not there.
-    static void activate(const Batch &batch, const Rows &rows, const Block &block, int64_t from, int valid, const float *gate,
-                         const float *up, float *hidden, Worker &worker) {
+    static void activate(const Batch &batch, const Rows &rows, const Block &block, int64_t from, int valid,
+                         const float *gate, const float *up, float *hidden, Reader &ahead, Worker &worker) {
         const Ffn &f = *rows.ffn;
         const int columns = block.vectors * kLanes;
         alignas(64) float weights[kMost * kLanes];
@@ -225,15 +249,19 @@ struct ByLanes {
                 for (int c = 0; c < columns; c += kLanes) {
                     const Vec zero = Vec::of(0.f), low = Vec::load(h + i * columns + c);
                     const Vec high = kEven == 1 || i + 1 == there ? zero : Vec::load(h + (i + 1) * columns + c);
-                    if (kPerNumber == 2) paired(low, high).store(to + i / 2 * columns + c);
-                    else low.store(to + i * columns + c);
+                    if (kPerNumber == 2)
+                        paired(low, high).store(to + i / 2 * columns + c);
+                    else
+                        low.store(to + i * columns + c);
                     if (kPerNumber == 1 && kEven == 2) high.store(to + (i + 1) * columns + c);
+                    ahead.steps(kMiddleSteps * kEven);
                 }
         }
     }
 
     // The last term, each token's numbers to its row of y.
-    static void finish(const Batch &batch, const Rows &rows, const Block &block, int64_t from, int valid, const float *product, Worker &worker) {
+    static void finish(const Batch &batch, const Rows &rows, const Block &block, int64_t from, int valid,
+                       const float *product, Reader &ahead, Worker &worker) {
         const Ffn &f = *rows.ffn;
         const int columns = block.vectors * kLanes;
         alignas(64) float weights[kMost * kLanes];
@@ -251,6 +279,7 @@ struct ByLanes {
                     if (i >= rows.count) break;
                     float *to = batch.y + rows.pair(static_cast<int32_t>(i)) * f.out + from + r;
                     store_output(t[lane], there, to, batch.past_caches);
+                    ahead.step();
                 }
             }
         }

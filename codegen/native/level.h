@@ -9,10 +9,18 @@ struct Level {
     using Wide = Mixed<InFloat32>;
     using Narrow = Mixed<InBfloat16>;
 
-    static int32_t tiled(const Ffn &f, int32_t rows) { return f.dtype == kFloat32 ? Wide::in_lanes(rows) : Narrow::in_lanes(rows); }
-    static size_t packed_bytes(const Rows &rows) { return wide(rows) ? Wide::packed_bytes(rows) : Narrow::packed_bytes(rows); }
-    static size_t hidden_bytes(const Rows &rows) { return wide(rows) ? Wide::hidden_bytes(rows) : Narrow::hidden_bytes(rows); }
-    static size_t panel_bytes(const Ffn &f) { return f.dtype == kFloat32 ? Wide::panel_bytes(f) : Narrow::panel_bytes(f); }
+    static int32_t tiled(const Ffn &f, int32_t rows) {
+        return f.dtype == kFloat32 ? Wide::in_lanes(rows) : Narrow::in_lanes(rows);
+    }
+    static size_t packed_bytes(const Rows &rows) {
+        return wide(rows) ? Wide::packed_bytes(rows) : Narrow::packed_bytes(rows);
+    }
+    static size_t hidden_bytes(const Rows &rows) {
+        return wide(rows) ? Wide::hidden_bytes(rows) : Narrow::hidden_bytes(rows);
+    }
+    static size_t panel_bytes(const Ffn &f) {
+        return f.dtype == kFloat32 ? Wide::panel_bytes(f) : Narrow::panel_bytes(f);
+    }
     static void enter() {}
     static void leave() { _mm_sfence(); }  // others read what was written past the caches
     static void pack(const Batch &batch, const Rows &rows, Worker &worker) {
@@ -32,7 +40,8 @@ struct Level {
 template <class InFloat32, class InBfloat16>
 constexpr Kernels of_level() {
     using L = Level<InFloat32, InBfloat16>;
-    return {L::tiled, L::packed_bytes, L::hidden_bytes, L::panel_bytes, L::enter, L::leave, L::pack, L::first, L::second, add_rows};
+    return {L::tiled, L::packed_bytes, L::hidden_bytes, L::panel_bytes, L::enter,
+            L::leave, L::pack,         L::first,        L::second,      add_rows};
 }
 
 }  // namespace

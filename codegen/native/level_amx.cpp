@@ -25,8 +25,12 @@ int32_t tiled(const Ffn &f, int32_t rows) {
 
 bool by_amx(const Rows &rows) { return rows.tiled > 0 && rows.ffn->dtype == kBfloat16; }
 
-size_t packed_bytes(const Rows &rows) { return by_amx(rows) ? ByTiles::packed_bytes(rows) : Otherwise::packed_bytes(rows); }
-size_t hidden_bytes(const Rows &rows) { return by_amx(rows) ? ByTiles::hidden_bytes(rows) : Otherwise::hidden_bytes(rows); }
+size_t packed_bytes(const Rows &rows) {
+    return by_amx(rows) ? ByTiles::packed_bytes(rows) : Otherwise::packed_bytes(rows);
+}
+size_t hidden_bytes(const Rows &rows) {
+    return by_amx(rows) ? ByTiles::hidden_bytes(rows) : Otherwise::hidden_bytes(rows);
+}
 size_t panel_bytes(const Ffn &f) {
     const size_t a = Otherwise::panel_bytes(f), b = ByTiles::panel_bytes(f);
     return a > b ? a : b;
@@ -43,5 +47,6 @@ void second(const Batch &batch, const Rows &rows, const Range &range, Worker &wo
 
 }  // namespace
 
-extern const Kernels kAmx = {tiled, packed_bytes, hidden_bytes, panel_bytes, ByTiles::enter, ByTiles::leave, pack, first, second, add_rows};
+extern const Kernels kAmx = {tiled,          packed_bytes, hidden_bytes, panel_bytes, ByTiles::enter,
+                             ByTiles::leave, pack,         first,        second,      add_rows};
 DSMOE_TARGET_END

@@ -11,7 +11,7 @@ class Memory {
     Memory &operator=(const Memory &) = delete;
     ~Memory() { free(at_); }
 
-    // At least so many bytes, at a cache line; what was there before is lost. Throws std::bad_alloc.
+    // At least so many bytes, at a page; what was there before is lost. Throws std::bad_alloc.
     char *of(size_t bytes) {
         if (bytes > size_) {
             free(at_);

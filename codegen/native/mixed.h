@@ -16,8 +16,12 @@ struct Mixed {
         return 5 * Vec::kLanes <= 6 * round_up(left, kDotTokens) ? rows : whole;
     }
 
-    static size_t packed_bytes(const Rows &rows) { return past(Lanes::packed_bytes(head(rows))) + Along::packed_bytes(tail(rows)); }
-    static size_t hidden_bytes(const Rows &rows) { return past(Lanes::hidden_bytes(head(rows))) + Along::hidden_bytes(tail(rows)); }
+    static size_t packed_bytes(const Rows &rows) {
+        return past(Lanes::packed_bytes(head(rows))) + Along::packed_bytes(tail(rows));
+    }
+    static size_t hidden_bytes(const Rows &rows) {
+        return past(Lanes::hidden_bytes(head(rows))) + Along::hidden_bytes(tail(rows));
+    }
     static size_t panel_bytes(const Ffn &f) {
         const size_t a = Lanes::panel_bytes(f), b = Along::panel_bytes(f);
         return a > b ? a : b;
@@ -55,7 +59,6 @@ struct Mixed {
     }
 
   private:
-    static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
     static size_t past(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
     static Rows head(const Rows &rows) {

@@ -32,6 +32,11 @@ class Reader {
         }
     }
 
+    // What takes as long as so many steps.
+    void steps(int count) {
+        for (int i = 0; i < count; i++) step();
+    }
+
   private:
     static constexpr int kPlaces = 4;  // in each of the two stretches
     const char *at_[2];

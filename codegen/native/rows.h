@@ -40,8 +40,10 @@ struct ByRows {
         const char *from = batch.x + pair / batch.slots * batch.per_token * element_bytes(f.dtype);
         if (reads_x(f)) return reinterpret_cast<const Token *>(from);
         const float factor = factor_of(batch, f, pair, worker);
-        if (f.dtype == kFloat32) row(reinterpret_cast<const float *>(from), f.hidden, padded(f.hidden), f, factor, own);
-        else row(reinterpret_cast<const uint16_t *>(from), f.hidden, padded(f.hidden), f, factor, own);
+        if (f.dtype == kFloat32)
+            row(reinterpret_cast<const float *>(from), f.hidden, padded(f.hidden), f, factor, own);
+        else
+            row(reinterpret_cast<const uint16_t *>(from), f.hidden, padded(f.hidden), f, factor, own);
         return own;
     }
 
@@ -50,24 +52,30 @@ struct ByRows {
         const int64_t width = padded(f.width);
         alignas(64) float sums[2][kDotTokens * kHiddenStep];
         for (int64_t from = range.from; from < range.to; from += kHiddenStep) {
-            const int valid = static_cast<int>(from + kHiddenStep < range.to ? kHiddenStep : range.to - from);
+            const int valid = static_cast<int>(least(kHiddenStep, range.to - from));
             Panel panels[2];
-            for (int p = 0; p < f.products; p++) panels[p] = panel(f.first[p], rows.expert, from, valid, f.hidden, p, worker);
+            for (int p = 0; p < f.products; p++)
+                panels[p] = panel(f.first[p], rows.expert, from, valid, f.hidden, p, worker);
             const int groups = (valid + kDotRows - 1) / kDotRows;
-            Reader ahead(from + kHiddenStep < range.to ? before_first(rows, from + kHiddenStep, next_end(from, range)) : range.next,
-                         blocks(rows) * groups * f.products * (f.hidden / Dot::kStep));
+            Reader ahead(from + kHiddenStep < range.to
+                             ? before_first(rows, from + kHiddenStep, least(from + 2 * kHiddenStep, range.to))
+                             : range.next,
+                         blocks(rows) * groups * f.products * (f.hidden / Dot::kStep) + rows.count * kMiddleSteps);
             for (int32_t begin = 0, n; begin < rows.count; begin += n) {
                 n = block(rows, begin);
                 const Token *x[kDotTokens];
                 for (int t = 0; t < n; t++) x[t] = token(batch, rows, begin + t);
-                for (int p = 0; p < f.products; p++) multiply(panels[p], valid, n, x, f.hidden, sums[p], kHiddenStep, ahead);
+                for (int p = 0; p < f.products; p++)
+                    multiply(panels[p], valid, n, x, f.hidden, sums[p], kHiddenStep, ahead);
                 float weights[kDotTokens];
-                const Reads reads{{sums[0], sums[1]}, weights_of(batch, rows, f.middle, begin, n, weights), f.vectors, rows.expert, from, valid};
+                weights_of(batch, rows, f.middle, begin, n, weights);
+                const Reads reads{{sums[0], sums[1]}, weights, f.vectors, rows.expert, from, valid};
                 const float *h = evaluate<false>(f.middle, reads, n, kHiddenStep, worker.values);
                 for (int t = 0; t < n; t++) {
                     Token *to = reinterpret_cast<Token *>(rows.hidden) + (begin + t) * width + from;
                     store(h + t * kHiddenStep, valid, to);
                     if (from + valid == f.width) memset(to + valid, 0, (width - f.width) * sizeof(Token));
+                    ahead.steps(kMiddleSteps);
                 }
             }
         }
@@ -76,29 +84,35 @@ struct ByRows {
     static void second(const Batch &batch, const Rows &rows, const Range &range, Worker &worker) {
         const Ffn &f = *rows.ffn;
         const int64_t width = padded(f.width);
-        constexpr int64_t kStep = kHiddenStep;  // two of them make a step of outputs
-        alignas(64) float sums[kDotTokens * kStep];
-        for (int64_t from = range.from; from < range.to; from += kStep) {
-            const int valid = static_cast<int>(from + kStep < range.to ? kStep : range.to - from);
+        alignas(64) float sums[kDotTokens * kHiddenStep];
+        for (int64_t from = range.from; from < range.to; from += kHiddenStep) {
+            const int valid = static_cast<int>(least(kHiddenStep, range.to - from));
             const Panel rows_of = panel(f.down, rows.expert, from, valid, f.width, 0, worker);
             const int groups = (valid + kDotRows - 1) / kDotRows;
-            const int64_t end = from + 2 * kStep < range.to ? from + 2 * kStep : range.to;
-            Reader ahead(from + kStep < range.to ? before_second(rows, from + kStep, end) : range.next,
-                         blocks(rows) * groups * (f.width / Dot::kStep));
+            const int64_t end = least(from + 2 * kHiddenStep, range.to);
+            Reader ahead(from + kHiddenStep < range.to ? before_second(rows, from + kHiddenStep, end) : range.next,
+                         blocks(rows) * groups * (f.width / Dot::kStep) + rows.count * kLastSteps);
             for (int32_t begin = 0, n; begin < rows.count; begin += n) {
                 n = block(rows, begin);
                 const Token *h[kDotTokens];
                 for (int t = 0; t < n; t++) h[t] = reinterpret_cast<const Token *>(rows.hidden) + (begin + t) * width;
-                multiply(rows_of, valid, n, h, f.width, sums, kStep, ahead);
+                multiply(rows_of, valid, n, h, f.width, sums, kHiddenStep, ahead);
                 float weights[kDotTokens];
-                const Reads reads{{sums, nullptr}, weights_of(batch, rows, f.last, begin, n, weights), f.vectors, rows.expert, from, valid};
-                const float *y = evaluate<false>(f.last, reads, n, kStep, worker.values);
-                for (int t = 0; t < n; t++) store(y + t * kStep, valid, batch.y + rows.pair(begin + t) * f.out + from);
+                weights_of(batch, rows, f.last, begin, n, weights);
+                const Reads reads{{sums, nullptr}, weights, f.vectors, rows.expert, from, valid};
+                const float *y = evaluate<false>(f.last, reads, n, kHiddenStep, worker.values);
+                for (int t = 0; t < n; t++) {
+                    store(y + t * kHiddenStep, valid, batch.y + rows.pair(begin + t) * f.out + from);
+                    ahead.steps(kLastSteps);
+                }
             }
         }
     }
 
   private:
+    // What the terms of a token's numbers in a panel take, in steps of a product's loop.
+    static constexpr int kMiddleSteps = 8, kLastSteps = 3;
+
     // Tokens in blocks that differ by one at most.
     static int32_t blocks(const Rows &rows) { return (rows.count + kDotTokens - 1) / kDotTokens; }
     static int32_t block(const Rows &rows, int32_t begin) {
@@ -107,23 +121,20 @@ struct ByRows {
         return static_cast<int32_t>(static_cast<int64_t>(rows.count) * (at + 1) / count) - begin;
     }
 
-    static int64_t next_end(int64_t from, const Range &range) {
-        return from + 2 * kHiddenStep < range.to ? from + 2 * kHiddenStep : range.to;
-    }
-
     static const Token *token(const Batch &batch, const Rows &rows, int32_t i) {
         if (!reads_x(*rows.ffn)) return reinterpret_cast<const Token *>(rows.packed) + i * padded(rows.ffn->hidden);
         return reinterpret_cast<const Token *>(batch.x) + rows.pair(i) / batch.slots * batch.per_token;
     }
 
-    static Panel panel(const Matrix &m, int64_t expert, int64_t output, int64_t outputs, int64_t inputs, int which, Worker &worker) {
+    static Panel panel(const Matrix &m, int64_t expert, int64_t output, int64_t outputs, int64_t inputs, int which,
+                       Worker &worker) {
         if (m.per_input == 1) return in_place(m, kWeight, expert, output);
         char *to = worker.panels + which * kHiddenStep * padded(inputs) * kWeight;
         return copied(m, kWeight, expert, output, outputs, outputs, inputs, padded(inputs), to);
     }
 
-    static void multiply(const Panel &panel, int valid, int n, const Token *const *x, int64_t inputs, float *sums, int stride,
-                         Reader &ahead) {
+    static void multiply(const Panel &panel, int valid, int n, const Token *const *x, int64_t inputs, float *sums,
+                         int stride, Reader &ahead) {
         for (int r = 0; r < valid; r += kDotRows) {
             const Weight *w[kDotRows];
             for (int i = 0; i < kDotRows; i++)  // past the last row, the last one again
@@ -132,7 +143,8 @@ struct ByRows {
         }
     }
 
-    static const float *weights_of(const Batch &batch, const Rows &rows, const Term &term, int32_t begin, int n, float *to) {
+    static const float *weights_of(const Batch &batch, const Rows &rows, const Term &term, int32_t begin, int n,
+                                   float *to) {
         if (term.weighs)
             for (int t = 0; t < n; t++) to[t] = batch.weights[rows.pair(begin + t)];
         return to;
@@ -153,8 +165,10 @@ struct ByRows {
             const int there = static_cast<int>(n - i < Vec::kLanes ? n - i : Vec::kLanes);
             Vec v = there < Vec::kLanes ? Vec::load(from + i, there) : Vec::load(from + i);
             if (scaled) v = f.dtype == kBfloat16 ? round_bfloat16(v * Vec::of(factor)) : v * Vec::of(factor);
-            if (there < Vec::kLanes) v.store(to + i, there);
-            else v.store(to + i);
+            if (there < Vec::kLanes)
+                v.store(to + i, there);
+            else
+                v.store(to + i);
         }
         memset(to + n, 0, (width - n) * sizeof(Token));
     }
@@ -171,19 +185,24 @@ struct ByRows {
 
 // The first n numbers of v to y. Lines that will have left the caches when they are read need not be read to be written.
 inline void store_output(Vec v, int n, float *y, bool past_caches) {
-    if (n < Vec::kLanes) v.store(y, n);
-    else if (past_caches) v.store_past_caches(y);
-    else v.store(y);
+    if (n < Vec::kLanes)
+        v.store(y, n);
+    else if (past_caches)
+        v.store_past_caches(y);
+    else
+        v.store(y);
 }
 
 // out[i] = Σ factors[r] · rows[r][i].
-inline void add_rows(const float *const *rows, const float *factors, int count, int64_t width, int32_t dtype, void *out) {
+inline void add_rows(const float *const *rows, const float *factors, int count, int64_t width, int32_t dtype,
+                     void *out) {
     int64_t i = 0;
     for (; i < width; i += Vec::kLanes) {
         const int there = static_cast<int>(width - i < Vec::kLanes ? width - i : Vec::kLanes);
         const bool whole = there == Vec::kLanes;
         Vec sum = Vec::of(0.f);
-        for (int r = 0; r < count; r++) sum = fma(whole ? Vec::load(rows[r] + i) : Vec::load(rows[r] + i, there), Vec::of(factors[r]), sum);
+        for (int r = 0; r < count; r++)
+            sum = fma(whole ? Vec::load(rows[r] + i) : Vec::load(rows[r] + i, there), Vec::of(factors[r]), sum);
         if (dtype == kFloat32) {
             float *to = static_cast<float *>(out) + i;
             whole ? sum.store(to) : sum.store(to, there);

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
+#include <exception>
 #include <vector>
 
 #include "term_limits.h"
@@ -39,14 +39,15 @@ struct Share {
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // An expert's rows, in parts of about the same size that are whole tiles.
-void add_items(std::vector<Item> &items, const Ffn &ffn, int64_t expert, const int32_t *pairs, int32_t first, int32_t count,
-               const Kernels &kernels) {
-    const int64_t bytes = (ffn.hidden + ffn.width) * element_bytes(ffn.dtype);
+void add_items(std::vector<Item> &items, const Ffn &ffn, int64_t expert, const int32_t *pairs, int32_t first,
+               int32_t count, const Kernels &kernels) {
+    const int64_t bytes = std::max<int64_t>(1, (ffn.hidden + ffn.width) * element_bytes(ffn.dtype));
     const int64_t most = std::clamp(kRowBytes / bytes, kLeastRows, kMostRows), parts = (count + most - 1) / most;
     const int32_t size = static_cast<int32_t>(round_up((count + parts - 1) / parts, parts > 1 ? 32 : 1));
     for (int32_t begin = 0; begin < count; begin += size) {
         const int32_t n = std::min(size, count - begin);
-        Rows rows{&ffn, expert, pairs ? pairs + begin : nullptr, first + begin, n, kernels.tiled(ffn, n), nullptr, nullptr};
+        Rows rows{&ffn,    expert, pairs ? pairs + begin : nullptr, first + begin, n, kernels.tiled(ffn, n),
+                  nullptr, nullptr};
         // Reading an expert's weights takes as long as multiplying them with some ten rows.
         const double weights = static_cast<double>(ffn.products * ffn.hidden + ffn.out) * ffn.width;
         items.push_back({rows, weights * std::max(n, 12)});
@@ -55,19 +56,19 @@ void add_items(std::vector<Item> &items, const Ffn &ffn, int64_t expert, const i
 
 // How much longer the threads take than if they all ended together, each taking the largest item that is left.
 double idle(const std::vector<Item> &items, int threads) {
-    if (items.empty()) return 0.0;
     std::vector<double> busy(threads, 0.0);
     double total = 0.0;
     for (const Item &item : items) {
         *std::min_element(busy.begin(), busy.end()) += item.cost;
         total += item.cost;
     }
-    return *std::max_element(busy.begin(), busy.end()) * threads / total - 1.0;
+    return total > 0.0 ? *std::max_element(busy.begin(), busy.end()) * threads / total - 1.0 : 0.0;
 }
 
 class Turn {
   public:
-    Turn(const Ffn &routed, const Ffn *shared, const Call &call, const Kernels &kernels) : routed_(routed), shared_(shared), call_(call), kernels_(kernels) {}
+    Turn(const Ffn &routed, const Ffn *shared, const Call &call, const Kernels &kernels)
+        : routed_(routed), shared_(shared), call_(call), kernels_(kernels) {}
 
     // Tokens from `begin` on, `count` of them. Ids must have been checked.
     void run(int64_t begin, int64_t count, Memory &memory) {
@@ -86,8 +87,7 @@ class Turn {
             rows = whole ? std::max(rows, needed) : rows + needed;
         }
         const size_t own = values + aligned(panels) + (whole ? rows : 0);
-        char *at = memory.of(sums + own * threads_ + (whole ? 0 : rows) + 64);
-        at = reinterpret_cast<char *>(aligned(reinterpret_cast<size_t>(at)));
+        char *at = memory.of(sums + own * threads_ + (whole ? 0 : rows));
         y_ = reinterpret_cast<float *>(at);
         char *workers = at + sums;
         if (!whole) {
@@ -103,8 +103,10 @@ class Turn {
             char *mine = workers + own * omp_get_thread_num();
             Worker worker{reinterpret_cast<float *>(mine), mine + values};
             kernels_.enter();
-            if (whole) take_items(worker, mine + values + aligned(panels));
-            else take_shares(worker);
+            if (whole)
+                take_items(worker, mine + values + aligned(panels));
+            else
+                take_shares(worker);
             kernels_.leave();
 #pragma omp barrier
             add_up(omp_get_thread_num(), omp_get_num_threads());
@@ -143,7 +145,8 @@ class Turn {
         items_.clear();
         if (shared_) add_items(items_, *shared_, 0, nullptr, 0, static_cast<int32_t>(count_), kernels_);
         for (int64_t e = 0; e < routed_.experts; e++)
-            if (start[e + 1] > start[e]) add_items(items_, routed_, e, order_.data() + start[e], 0, start[e + 1] - start[e], kernels_);
+            if (start[e + 1] > start[e])
+                add_items(items_, routed_, e, order_.data() + start[e], 0, start[e + 1] - start[e], kernels_);
         std::stable_sort(items_.begin(), items_.end(), [](const Item &a, const Item &b) { return a.cost > b.cost; });
     }
 
@@ -170,7 +173,8 @@ class Turn {
             kernels_.pack(b, rows, worker);
             kernels_.first(b, rows, {0, f.width, before_second(rows, 0, std::min(kOutStep, f.out))}, worker);
             Ahead after;
-            if (next < count) after = before_first(items_[next].rows, 0, std::min(kHiddenStep, items_[next].rows.ffn->width));
+            if (next < count)
+                after = before_first(items_[next].rows, 0, std::min(kHiddenStep, items_[next].rows.ffn->width));
             kernels_.second(b, rows, {0, f.out, after}, worker);
         }
     }
@@ -192,19 +196,23 @@ class Turn {
     }
 
     static void split(std::vector<Share> &shares, int32_t item, int64_t outputs, int64_t step) {
-        for (int64_t from = 0; from < outputs; from += step) shares.push_back({item, from, std::min(from + step, outputs)});
+        for (int64_t from = 0; from < outputs; from += step)
+            shares.push_back({item, from, std::min(from + step, outputs)});
     }
 
     // All threads work on the same items: first on their first products, then on their last.
     void take_shares(Worker &worker) {
-        for (size_t i = packed_++; i < items_.size(); i = packed_++) kernels_.pack(batch(items_[i].rows), items_[i].rows, worker);
+        for (size_t i = packed_++; i < items_.size(); i = packed_++)
+            kernels_.pack(batch(items_[i].rows), items_[i].rows, worker);
 #pragma omp barrier
         for (size_t i = first_++, next; i < firsts_.size(); i = next) {
             next = first_++;
             const Share share = firsts_[i];
             const Rows &rows = items_[share.item].rows;
             Ahead after;
-            if (next < firsts_.size()) after = before_first(items_[firsts_[next].item].rows, firsts_[next].from, std::min(firsts_[next].from + kHiddenStep, firsts_[next].to));
+            if (next < firsts_.size())
+                after = before_first(items_[firsts_[next].item].rows, firsts_[next].from,
+                                     std::min(firsts_[next].from + kHiddenStep, firsts_[next].to));
             kernels_.first(batch(rows), rows, {share.from, share.to, after}, worker);
         }
 #pragma omp barrier
@@ -213,7 +221,9 @@ class Turn {
             const Share share = seconds_[i];
             const Rows &rows = items_[share.item].rows;
             Ahead after;
-            if (next < seconds_.size()) after = before_second(items_[seconds_[next].item].rows, seconds_[next].from, std::min(seconds_[next].from + kOutStep, seconds_[next].to));
+            if (next < seconds_.size())
+                after = before_second(items_[seconds_[next].item].rows, seconds_[next].from,
+                                      std::min(seconds_[next].from + kOutStep, seconds_[next].to));
             kernels_.second(batch(rows), rows, {share.from, share.to, after}, worker);
         }
     }
@@ -235,7 +245,8 @@ class Turn {
                 factors[n] = shared_->weighted ? gates_[t] : 1.f;
                 rows[n++] = y_ + (count_ * slots + t) * width;
             }
-            kernels_.add(rows, factors, n, width, call_.out_dtype, static_cast<char *>(call_.out) + (begin_ + t) * width * size);
+            kernels_.add(rows, factors, n, width, call_.out_dtype,
+                         static_cast<char *>(call_.out) + (begin_ + t) * width * size);
         }
     }
 
@@ -273,7 +284,7 @@ Status run(const Ffn &routed, const Ffn *shared, const Call &call, const Kernels
             turn.run(begin, call.tokens * (i + 1) / turns - begin, memory);
         }
         memory.keep(kMaxSums + (kMaxSums >> 2));
-    } catch (const std::bad_alloc &) {
+    } catch (const std::exception &) {  // no memory, or a size beyond all memory
         return kNoMemory;
     }
     return kDone;

@@ -2,7 +2,8 @@
 #pragma once
 #define DSMOE_TEXT(x) #x
 #ifdef __clang__
-#define DSMOE_TARGET(features) _Pragma(DSMOE_TEXT(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define DSMOE_TARGET(features) \
+    _Pragma(DSMOE_TEXT(clang attribute push(__attribute__((target(features))), apply_to = function)))
 #define DSMOE_TARGET_END _Pragma("clang attribute pop")
 #else
 #define DSMOE_TARGET(features) _Pragma("GCC push_options") _Pragma(DSMOE_TEXT(GCC target(features)))

@@ -10,7 +10,10 @@
 namespace {
 
 constexpr int64_t kSide = 16, kInputs = 32, kTile = 1024;  // rows, inputs, and bytes of a tile
-constexpr int32_t kFewRows = 4;                             // up to so many, products are taken along the rows
+constexpr int32_t kFewRows = 4;                            // up to so many, products are taken along the rows
+
+// What a term of a tile takes, in steps of a product's loop: memory is kept busy meanwhile.
+constexpr int kMiddleSteps = kSide / 2, kLastSteps = 4;
 
 // The compiler may not keep tiles' memory in registers across the instructions, which it knows nothing of.
 inline void fence() { asm volatile("" ::: "memory"); }
@@ -54,7 +57,8 @@ struct ByTiles {
                 const __mmask32 there = left < kInputs ? static_cast<__mmask32>((1ull << left) - 1) : ~0u;
                 __m512 r[kSide];
                 for (int i = 0; i < kSide; i++) {
-                    const __m512i v = from[i] ? _mm512_maskz_loadu_epi16(there, from[i] + 2 * k) : _mm512_setzero_si512();
+                    const __m512i v =
+                        from[i] ? _mm512_maskz_loadu_epi16(there, from[i] + 2 * k) : _mm512_setzero_si512();
                     r[i] = _mm512_castsi512_ps(from[i] && f.factor.count ? times(v, factors[i]) : v);
                 }
                 transpose(r);
@@ -68,22 +72,27 @@ struct ByTiles {
         const int64_t nk = depth(f.hidden), tokens = nk * kTile, hidden = depth(f.width) * kTile, n = blocks(rows);
         alignas(64) float c[4][kSide * kSide];
         for (int64_t from = range.from; from < range.to; from += kHiddenStep) {
-            const int64_t to = from + kHiddenStep < range.to ? from + kHiddenStep : range.to;
-            const int64_t end = to + kHiddenStep < range.to ? to + kHiddenStep : range.to;
+            const int64_t to = least(from + kHiddenStep, range.to);
+            const int64_t end = least(to + kHiddenStep, range.to);
             Panel panels[2];
-            for (int p = 0; p < f.products; p++) panels[p] = panel(f.first[p], rows.expert, from, to - from, kHiddenStep, f.hidden, p, worker);
-            Reader ahead(to < range.to ? before_first(rows, to, end) : range.next, nk * (f.products == 2 ? n / 2 * 2 + n % 2 : n / 2 + n % 2));
+            for (int p = 0; p < f.products; p++)
+                panels[p] = panel(f.first[p], rows.expert, from, to - from, kHiddenStep, f.hidden, p, worker);
+            Reader ahead(to < range.to ? before_first(rows, to, end) : range.next,
+                         nk * (f.products == 2 ? n / 2 * 2 + n % 2 : n / 2 + n % 2) + 2 * n * kMiddleSteps);
             char *h = rows.hidden + from / kHiddenStep * kTile;
             if (f.products == 1) {
                 const char *a = panels[0].row(0), *b = panels[0].row(kSide);
                 for (int64_t i = 0; i < n; i += 2) {
                     const bool two = i + 1 < n;
                     const char *x = rows.packed + i * tokens;
-                    if (two) two_by_two(a, b, panels[0].row_bytes, x, x + tokens, nk, c[0], ahead);
-                    else two_by_one(a, b, panels[0].row_bytes, x, nk, c[0], ahead);
+                    if (two)
+                        two_by_two(a, b, panels[0].row_bytes, x, x + tokens, nk, c[0], ahead);
+                    else
+                        two_by_one(a, b, panels[0].row_bytes, x, nk, c[0], ahead);
                     for (int64_t j = 0; j < (two ? 2 : 1); j++)
                         for (int half = 0; half < 2; half++)
-                            activate(batch, rows, i + j, from + half * kSide, to, c[2 * half + j], nullptr, h + (i + j) * hidden + half * kTile / 2, worker);
+                            activate(batch, rows, i + j, from + half * kSide, to, c[2 * half + j], nullptr,
+                                     h + (i + j) * hidden + half * kTile / 2, ahead, worker);
                 }
                 continue;
             }
@@ -91,15 +100,18 @@ struct ByTiles {
             for (; i + 2 <= n; i += 2)
                 for (int half = 0; half < 2; half++) {
                     const char *x = rows.packed + i * tokens;
-                    two_by_two(panels[0].row(half * kSide), panels[1].row(half * kSide), panels[0].row_bytes, x, x + tokens, nk, c[0], ahead);
+                    two_by_two(panels[0].row(half * kSide), panels[1].row(half * kSide), panels[0].row_bytes, x,
+                               x + tokens, nk, c[0], ahead);
                     for (int64_t j = 0; j < 2; j++)
-                        activate(batch, rows, i + j, from + half * kSide, to, c[j], c[2 + j], h + (i + j) * hidden + half * kTile / 2, worker);
+                        activate(batch, rows, i + j, from + half * kSide, to, c[j], c[2 + j],
+                                 h + (i + j) * hidden + half * kTile / 2, ahead, worker);
                 }
             if (i < n) {
-                four_by_one(panels[0].row(0), panels[0].row(kSide), panels[1].row(0), panels[1].row(kSide), panels[0].row_bytes,
-                            rows.packed + i * tokens, nk, c[0], ahead);
+                four_by_one(panels[0].row(0), panels[0].row(kSide), panels[1].row(0), panels[1].row(kSide),
+                            panels[0].row_bytes, rows.packed + i * tokens, nk, c[0], ahead);
                 for (int half = 0; half < 2; half++)
-                    activate(batch, rows, i, from + half * kSide, to, c[half], c[2 + half], h + i * hidden + half * kTile / 2, worker);
+                    activate(batch, rows, i, from + half * kSide, to, c[half], c[2 + half],
+                             h + i * hidden + half * kTile / 2, ahead, worker);
             }
         }
     }
@@ -109,21 +121,24 @@ struct ByTiles {
         const int64_t nk = depth(f.width), hidden = nk * kTile, n = blocks(rows);
         alignas(64) float c[4][kSide * kSide];
         for (int64_t from = range.from; from < range.to; from += kOutStep) {
-            const int64_t to = from + kOutStep < range.to ? from + kOutStep : range.to;
-            const int64_t end = to + kOutStep < range.to ? to + kOutStep : range.to;
+            const int64_t to = least(from + kOutStep, range.to);
+            const int64_t end = least(to + kOutStep, range.to);
             const Panel w = panel(f.down, rows.expert, from, to - from, kOutStep, f.width, 0, worker);
-            Reader ahead(to < range.to ? before_second(rows, to, end) : range.next, nk * (n / 2 * 2 + n % 2));
+            Reader ahead(to < range.to ? before_second(rows, to, end) : range.next,
+                         nk * (n / 2 * 2 + n % 2) + 4 * n * kLastSteps);
             int64_t i = 0;
             for (; i + 2 <= n; i += 2)
                 for (int64_t r = 0; r < kOutStep; r += 2 * kSide) {
                     const char *h = rows.hidden + i * hidden;
                     two_by_two(w.row(r), w.row(r + kSide), w.row_bytes, h, h + hidden, nk, c[0], ahead);
                     for (int64_t j = 0; j < 2; j++)
-                        for (int64_t half = 0; half < 2; half++) finish(batch, rows, i + j, from + r + half * kSide, to, c[2 * half + j], worker);
+                        for (int64_t half = 0; half < 2; half++)
+                            finish(batch, rows, i + j, from + r + half * kSide, to, c[2 * half + j], ahead, worker);
                 }
             if (i < n) {
-                four_by_one(w.row(0), w.row(kSide), w.row(2 * kSide), w.row(3 * kSide), w.row_bytes, rows.hidden + i * hidden, nk, c[0], ahead);
-                for (int64_t q = 0; q < 4; q++) finish(batch, rows, i, from + q * kSide, to, c[q], worker);
+                four_by_one(w.row(0), w.row(kSide), w.row(2 * kSide), w.row(3 * kSide), w.row_bytes,
+                            rows.hidden + i * hidden, nk, c[0], ahead);
+                for (int64_t q = 0; q < 4; q++) finish(batch, rows, i, from + q * kSide, to, c[q], ahead, worker);
             }
         }
     }
@@ -135,7 +150,8 @@ struct ByTiles {
 
   private:
     // The rows where they lie when they are whole tiles, else a copy that is.
-    static Panel panel(const Matrix &m, int64_t expert, int64_t from, int64_t outputs, int64_t step, int64_t inputs, int which, Worker &worker) {
+    static Panel panel(const Matrix &m, int64_t expert, int64_t from, int64_t outputs, int64_t step, int64_t inputs,
+                       int which, Worker &worker) {
         if (m.per_input == 1 && outputs == step && inputs % kInputs == 0) return in_place(m, 2, expert, from);
         const int64_t padded = depth(inputs) * kInputs;
         return copied(m, 2, expert, from, outputs, step, inputs, padded, worker.panels + which * step * padded * 2);
@@ -149,8 +165,9 @@ struct ByTiles {
     }
 
     // c: a0·b0, a0·b1, a1·b0, a1·b1.
-    static inline __attribute__((always_inline)) void two_by_two(const char *a0, const char *a1, int64_t stride, const char *b0,
-                                                                 const char *b1, int64_t nk, float *c, Reader &ahead) {
+    static inline __attribute__((always_inline)) void two_by_two(const char *a0, const char *a1, int64_t stride,
+                                                                 const char *b0, const char *b1, int64_t nk, float *c,
+                                                                 Reader &ahead) {
         zero_four();
         for (int64_t k = 0; k < nk; k++) {
             _tile_loadd(6, b0 + kTile * k, 64);
@@ -167,8 +184,9 @@ struct ByTiles {
     }
 
     // c: a0·b, a1·b, a2·b, a3·b.
-    static inline __attribute__((always_inline)) void four_by_one(const char *a0, const char *a1, const char *a2, const char *a3,
-                                                                  int64_t stride, const char *b, int64_t nk, float *c, Reader &ahead) {
+    static inline __attribute__((always_inline)) void four_by_one(const char *a0, const char *a1, const char *a2,
+                                                                  const char *a3, int64_t stride, const char *b,
+                                                                  int64_t nk, float *c, Reader &ahead) {
         zero_four();
         for (int64_t k = 0; k < nk; k++) {
             _tile_loadd(4, b + kTile * k, 64);
@@ -186,8 +204,8 @@ struct ByTiles {
     }
 
     // c: a0·b in the first tile, a1·b in the third.
-    static inline __attribute__((always_inline)) void two_by_one(const char *a0, const char *a1, int64_t stride, const char *b,
-                                                                 int64_t nk, float *c, Reader &ahead) {
+    static inline __attribute__((always_inline)) void two_by_one(const char *a0, const char *a1, int64_t stride,
+                                                                 const char *b, int64_t nk, float *c, Reader &ahead) {
         zero_four();
         for (int64_t k = 0; k < nk; k++) {
             _tile_loadd(6, b + kTile * k, 64);
@@ -201,6 +219,7 @@ struct ByTiles {
     }
 
     static inline __attribute__((always_inline)) void zero_four() {
+        fence();
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -225,16 +244,20 @@ struct ByTiles {
     }
 
     // The middle term of 16 hidden numbers × 16 tokens, as eight rows of pairs; zeros past the last hidden number.
-    static void activate(const Batch &batch, const Rows &rows, int64_t block, int64_t from, int64_t end, const float *gate,
-                         const float *up, char *to, Worker &worker) {
+    static void activate(const Batch &batch, const Rows &rows, int64_t block, int64_t from, int64_t end,
+                         const float *gate, const float *up, char *to, Reader &ahead, Worker &worker) {
         const Ffn &f = *rows.ffn;
         const int valid = static_cast<int>(from >= end ? 0 : end - from < kSide ? end - from : kSide);
         alignas(64) float weights[kSide];
-        const Reads reads{{gate, up}, weights_of(batch, rows, f.middle, block, weights), f.vectors, rows.expert, valid ? from : 0, valid};
+        const Reads reads{{gate, up},       weights_of(batch, rows, f.middle, block, weights),
+                          f.vectors,        rows.expert,
+                          valid ? from : 0, valid};
         const float *h = evaluate<true>(f.middle, reads, kSide, kSide, worker.values);
         for (int r = 0; r < kSide; r += 2) {
+            ahead.step();
             const Vec zero = Vec::of(0.f);
-            const Vec low = r < valid ? Vec::load(h + r * kSide) : zero, high = r + 1 < valid ? Vec::load(h + (r + 1) * kSide) : zero;
+            const Vec low = r < valid ? Vec::load(h + r * kSide) : zero,
+                      high = r + 1 < valid ? Vec::load(h + (r + 1) * kSide) : zero;
             const __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low.v));
             const __m512i b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high.v));
             _mm512_store_si512(to + 32 * r, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
@@ -242,17 +265,20 @@ struct ByTiles {
     }
 
     // The last term of 16 outputs × 16 tokens, each token's to its row of y.
-    static void finish(const Batch &batch, const Rows &rows, int64_t block, int64_t from, int64_t end, const float *product, Worker &worker) {
+    static void finish(const Batch &batch, const Rows &rows, int64_t block, int64_t from, int64_t end,
+                       const float *product, Reader &ahead, Worker &worker) {
         const Ffn &f = *rows.ffn;
         if (from >= end) return;
         const int valid = static_cast<int>(end - from < kSide ? end - from : kSide);
         alignas(64) float weights[kSide];
-        const Reads reads{{product, nullptr}, weights_of(batch, rows, f.last, block, weights), f.vectors, rows.expert, from, valid};
+        const Reads reads{
+            {product, nullptr}, weights_of(batch, rows, f.last, block, weights), f.vectors, rows.expert, from, valid};
         const float *y = evaluate<true>(f.last, reads, kSide, kSide, worker.values);
         __m512 r[kSide];
         for (int i = 0; i < kSide; i++) r[i] = _mm512_loadu_ps(y + kSide * i);
         transpose(r);
         for (int i = 0; i < kSide && block * kSide + i < rows.count; i++) {
+            if (i % (kSide / kLastSteps) == 0) ahead.step();
             float *to = batch.y + rows.pair(static_cast<int32_t>(block * kSide + i)) * f.out + from;
             store_output({r[i]}, valid, to, batch.past_caches);
         }

@@ -16,7 +16,9 @@ struct Vec {
         return widened(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
     }
     // Of two bfloat16 numbers, the first or the second in every lane.
-    static Vec of_low(const uint16_t *p) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi32(pair(p)), 16))}; }
+    static Vec of_low(const uint16_t *p) {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi32(pair(p)), 16))};
+    }
     static Vec of_high(const uint16_t *p) {
         return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(pair(p)), _mm256_set1_epi32(-65536)))};
     }
@@ -53,12 +55,6 @@ struct Vec {
         uint16_t whole[kLanes];
         store(whole);
         memcpy(p, whole, sizeof(uint16_t) * n);
-    }
-
-    float sum() const {
-        __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
     }
 
     // bfloat16 in the lower halves, to nearest even; NaN stays NaN.
@@ -114,7 +110,7 @@ inline Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.
 inline Vec ordered_minimum(Vec limit, Vec a) { return {_mm256_min_ps(limit.v, a.v)}; }
 inline Vec ordered_maximum(Vec limit, Vec a) { return {_mm256_max_ps(limit.v, a.v)}; }
 inline Vec nearest_integer(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// a · 2^n for integral n from −126 to 127.
+// a · 2^n for integral n from −126 to 127; infinite for 128.
 inline Vec scale_by_power(Vec a, Vec n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
     return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};

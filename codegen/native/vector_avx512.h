@@ -16,7 +16,9 @@ struct Vec {
         return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
     }
     // Of two bfloat16 numbers, the first or the second in every lane.
-    static Vec of_low(const uint16_t *p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi32(pair(p)), 16))}; }
+    static Vec of_low(const uint16_t *p) {
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi32(pair(p)), 16))};
+    }
     static Vec of_high(const uint16_t *p) {
         return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_set1_epi32(pair(p)), _mm512_set1_epi32(-65536)))};
     }
@@ -46,8 +48,6 @@ struct Vec {
     void store(float *p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
     void store(uint16_t *p) const { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), narrowed()); }
     void store(uint16_t *p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), narrowed()); }
-
-    float sum() const { return _mm512_reduce_add_ps(v); }
 
     // bfloat16 in the lower halves, to nearest even; NaN stays NaN.
     __m512i rounded() const {

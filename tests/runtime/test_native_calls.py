@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dsmoe_compiler.runtime.cpu import CpuExperts, CpuMoE
 from dsmoe_compiler.runtime.native.bound import Bound
 from dsmoe_compiler.runtime.native.levels import VARIABLE
 from dsmoe_compiler.runtime.native.library import LEVELS, Library, native
+from dsmoe_compiler.runtime.native.structs import MAX_LINES
 from tests.codegen.layers import Made, make
 from tests.runtime.native_levels import assert_close, at, best, levels, rounding, run
 from tests.tiny_models import Experts, relative
@@ -127,7 +129,42 @@ def test_shapes_that_do_not_fit(level: str) -> None:
     fewer = [p[:3] for p in made.params]
     assert isinstance(made.spec, ExpertsSpec)
     layer = Bound(at(level), made.spec)
+    assert layer(made.x, made.ids, made.weights, made.params) is not None
     assert layer(made.x, made.ids, made.weights, fewer) is None, "they have no fourth expert"
+
+
+def test_tensors_elsewhere_are_not_the_kernels() -> None:
+    made = make(tokens=6)
+    assert isinstance(made.spec, ExpertsSpec)
+    layer = Bound(best(), made.spec)
+    away = [p.to("meta") for p in made.params]
+    assert layer(made.x, made.ids, made.weights, away) is None
+    wanted = layer(made.x, made.ids, made.weights, made.params)
+    with torch.device("meta"):  # where the caller makes its own tensors says nothing of ours
+        got = layer(made.x, made.ids, made.weights, made.params)
+    assert wanted is not None and got is not None and got.equal(wanted)
+
+
+def test_a_copy_is_bound_to_its_own_tensors() -> None:
+    made = make(tokens=6)
+    assert isinstance(made.spec, ExpertsSpec)
+    layer = Bound(best(), made.spec)
+    wanted = layer(made.x, made.ids, made.weights, made.params)
+    doubled = deepcopy(layer)(made.x, made.ids, made.weights, [*made.params[:-1], 2 * made.params[-1]])
+    assert wanted is not None and doubled is not None and doubled.equal(2 * wanted)
+
+
+def test_a_bias_with_a_row_of_its_own() -> None:
+    """(E, 1, F) is a vector of each expert, too."""
+    made = make(tokens=6, biased=True)
+    assert isinstance(made.spec, ExpertsSpec)
+    rows = [p.unsqueeze(1) if p.dim() == 2 else p for p in made.params]
+    assert any(a is not b for a, b in zip(rows, made.params, strict=True))
+    assert run(replace(made, params=rows), best().level).equal(run(made, best().level))
+
+
+def test_the_longest_term_is_the_same_on_both_sides() -> None:
+    assert best().handle.dsmoe_max_lines() == MAX_LINES
 
 
 @at_each_level

@@ -37,7 +37,7 @@ class Bound:
         if not all(map(_is_plain, (x_TD, ids_TK, weights_TK))) or _is_traced():
             return None
         # Training and loading change tensors in place; `parameter.data = …` moves them.
-        lying = [(p.data_ptr(), p.stride(), p.dtype) for p in (*params, *shared)]
+        lying = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in (*params, *shared)]
         key = (x_TD.dtype, weights_TK.dtype, lying)
         bound = self._bound
         if bound is None or bound[0] != key:
@@ -45,10 +45,16 @@ class Bound:
         layer = bound[1]
         return None if isinstance(layer, Unsupported) else layer(x_TD, ids_TK, weights_TK)
 
+    def __deepcopy__(self, memo: object) -> Bound:
+        """Another one, for tensors that will be others."""
+        return Bound(self.library, self.spec, self.shared)
+
     def _bind(
         self, x: Tensor, weights: Tensor, params: Sequence[Tensor], shared: Sequence[Tensor]
     ) -> Layer | Unsupported:
         try:
+            if not all(map(_is_plain, (*params, *shared))):
+                raise Unsupported("its tensors are not all plain ones on the CPU")
             return choose(self.library, self.spec, x, weights, params, self.shared, shared)
         except Unsupported as e:
             return e

@@ -29,6 +29,7 @@ class Layer:
     """
 
     library: Library
+    level: int
     routed: CFfn
     always: CFfn | None
     gate: Body | None
@@ -44,12 +45,14 @@ class Layer:
             raise ValueError(f"x, ids, weights are {told}, not (T, {self.routed.hidden}), (T, K), (T, K)")
         if x_TD.stride(1) != 1:
             x_TD = x_TD.contiguous()
-        ids_TK = ids_TK.to(torch.int64).contiguous()
-        weights_TK = weights_TK.contiguous()
+        if ids_TK.dtype is not torch.int64 or not ids_TK.is_contiguous():
+            ids_TK = ids_TK.to(torch.int64).contiguous()
+        if not weights_TK.is_contiguous():
+            weights_TK = weights_TK.contiguous()
         gates_T = None
         if self.gate:
             gates_T = reference.evaluate(self.gate, x_TD, None, self.shared).contiguous()
-        out = torch.empty(tokens, self.routed.out, dtype=self.out_dtype)
+        out = x_TD.new_empty(tokens, self.routed.out, dtype=self.out_dtype)
         call = CCall(
             x_TD.data_ptr(),
             x_TD.stride(0),
@@ -63,7 +66,7 @@ class Layer:
             DTYPES[self.out_dtype],
             out.data_ptr(),
             torch.get_num_threads(),
-            LEVELS.index(self.library.level) + 1,
+            self.level,
         )
         always = None if self.always is None else ctypes.byref(self.always)
         status = self.library.handle.dsmoe_run(ctypes.byref(self.routed), always, ctypes.byref(call))
@@ -105,7 +108,9 @@ def bind(
             raise Unsupported("their gate is of another dtype")
     if out not in DTYPES or weights.dtype not in DTYPES:
         raise Unsupported(f"its outputs are {out}, its routing weights {weights.dtype}")
-    return Layer(library, routed, always, gate, out, tuple(params), tuple(shared))
+    return Layer(
+        library, LEVELS.index(library.level) + 1, routed, always, gate, out, tuple(params), tuple(shared)
+    )
 
 
 def choose(

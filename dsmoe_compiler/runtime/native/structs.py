@@ -127,7 +127,9 @@ def _matrix(product: Product, tensor: Tensor) -> CMatrix:
 def _vector(vector: Vector, tensor: Tensor) -> CVector:
     if tensor.dtype not in DTYPES:
         raise Unsupported(f"it reads vectors in {_name(tensor.dtype)}")
-    step = tensor.stride(1) if tensor.dim() > 1 else 0
+    if tensor[0].numel() != tensor.shape[-1] and tensor.dim() > 1:
+        raise Unsupported("it reads a matrix where the kernels take a vector")
+    step = tensor.stride(-1) if tensor.dim() > 1 else 0
     begin = vector.first * step * tensor.element_size()
     along = 0 if vector.single else step * vector.step
     return CVector(tensor.data_ptr() + begin, tensor.stride(0), along, DTYPES[tensor.dtype])
