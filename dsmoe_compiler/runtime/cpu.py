@@ -33,6 +33,11 @@ class CpuExperts(nn.Module):
         out_TD = self.bound(x_TD, ids_TK, weights_TK, params) if self.bound else None
         return run_experts(x_TD, ids_TK, weights_TK, params, self.spec) if out_TD is None else out_TD
 
+    def prepare(self, x: Tensor, ids: Tensor, weights: Tensor, params: Sequence[Tensor]) -> None:
+        """Do now what the first call with such tokens, on the meta device here, would do."""
+        if self.bound:
+            self.bound.prepare(x, weights, params)
+
     def extra_repr(self) -> str:
         return str(self.spec)
 
@@ -68,6 +73,16 @@ class CpuMoE(nn.Module):
         # One token as a vector: a matrix-vector product reads the weights faster.
         rows = x_TD[0] if x_TD.shape[0] == 1 else x_TD
         return out_TD + reference.shared_experts(rows, shared, self.spec.shared)
+
+    def prepare(
+        self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> None:
+        """Do now what the first call with such tokens, on the meta device here, would do."""
+        weights, _ = reference.route_tokens(x, [p.to("meta") for p in router], self.spec)
+        if self.whole:
+            self.whole.prepare(x, weights, params, shared)
+        if self.routed:
+            self.routed.prepare(x, weights, params)
 
     def extra_repr(self) -> str:
         return str(self.spec)

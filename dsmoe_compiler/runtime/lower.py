@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Literal, cast
+from contextlib import suppress
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,49 @@ def lower(exported: ExportedProgram, backend: Backend) -> GraphModule:
         lowered.meta[OP] = node.name
         node.replace_all_uses_with(lowered)
         module.graph.erase_node(node)
+    if backend == "cpu":
+        _prepare(module)
     module.recompile()
     return module
+
+
+def _prepare(module: GraphModule) -> None:
+    """What the layers' first calls would do is done now: no other thread traces."""
+    for node in [n for n in module.graph.nodes if OP in n.meta]:
+        layer = module.get_submodule(str(node.target))
+        if isinstance(layer, (CpuExperts, CpuMoE)):
+            with suppress(_NotYet), torch.no_grad():
+                layer.prepare(*[_now(module, a) for a in node.args])
+
+
+class _NotYet(Exception):
+    """A value that a call's inputs decide."""
+
+
+def _now(module: GraphModule, operand: Any) -> Any:
+    """An operand of a layer before any call: parameters as they are, of anything else a row on the meta
+    device. Raises _NotYet for parameters that are computed of inputs.
+    """
+    if isinstance(operand, (list, tuple)):
+        return [_parameter(module, each) for each in operand]
+    known = operand.meta.get("val")
+    if not isinstance(known, Tensor):
+        raise _NotYet
+    return torch.empty(1, int(known.shape[1]), dtype=known.dtype, device="meta")
+
+
+def _parameter(module: GraphModule, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_parameter(module, each) for each in value]
+    if not isinstance(value, Node):
+        return value
+    if value.op == "get_attr":
+        return _attribute(module, value)
+    if value.op == "placeholder":
+        raise _NotYet
+    made: Any = module.get_submodule(str(value.target)) if value.op == "call_module" else value.target
+    arguments = [_parameter(module, each) for each in value.args]
+    return made(*arguments, **{k: _parameter(module, v) for k, v in value.kwargs.items()})
 
 
 def _modules(backend: Backend) -> dict[torch._ops.OpOverload, Callable[[str], nn.Module]]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dsmoe_compiler.codegen.ffn import Unsupported
 from dsmoe_compiler.ir.spec import ExpertsSpec, SharedSpec
 from dsmoe_compiler.runtime.native.experts import Layer, choose
 from dsmoe_compiler.runtime.native.library import Library
+from dsmoe_compiler.turns import turn
 
 
 class Bound:
@@ -37,19 +37,31 @@ class Bound:
         if not all(map(_is_plain, (x_TD, ids_TK, weights_TK))) or _is_traced():
             return None
         # Training and loading change tensors in place; `parameter.data = …` moves them.
-        lying = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in (*params, *shared)]
-        key = (x_TD.dtype, weights_TK.dtype, lying)
+        key = _key(x_TD, weights_TK, (*params, *shared))
         bound = self._bound
         if bound is None or bound[0] != key:
             bound = self._bound = (key, self._bind(x_TD, weights_TK, params, shared))
         layer = bound[1]
         return None if isinstance(layer, Unsupported) else layer(x_TD, ids_TK, weights_TK)
 
+    def prepare(
+        self, x: Tensor, weights: Tensor, params: Sequence[Tensor], shared: Sequence[Tensor] = ()
+    ) -> None:
+        """Bind now to these parameters, for an x and weights of these dtypes."""
+        self._bound = (_key(x, weights, (*params, *shared)), self._bind(x, weights, params, shared))
+
     def __deepcopy__(self, memo: object) -> Bound:
         """Another one, for tensors that will be others."""
         return Bound(self.library, self.spec, self.shared)
 
     def _bind(
+        self, x: Tensor, weights: Tensor, params: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> Layer | Unsupported:
+        # Shapes are found on the meta device, through what other threads' tracing changes meanwhile.
+        with turn():
+            return self._bind_alone(x, weights, params, shared)
+
+    def _bind_alone(
         self, x: Tensor, weights: Tensor, params: Sequence[Tensor], shared: Sequence[Tensor]
     ) -> Layer | Unsupported:
         try:
@@ -60,17 +72,24 @@ class Bound:
             return e
 
 
+def _key(x: Tensor, weights: Tensor, tensors: Sequence[Tensor]) -> object:
+    """What a binding depends on."""
+    lying = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in tensors]
+    return (x.dtype, weights.dtype, lying)
+
+
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and not tensor.is_neg()
 
 
 def _is_traced() -> bool:
     """Whether what this thread's operators do is written down, or differentiated forward: nobody would see
-    the kernels.
+    the kernels. Asked of the thread alone: torch's own questions tell of tracing in others, too.
     """
     return (
         torch.compiler.is_dynamo_compiling()
         or torch._C._is_tracing()
-        or get_proxy_mode() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         or forward_ad._current_level >= 0
     )
