@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,17 @@ def test_tensors_elsewhere_are_not_the_kernels() -> None:
     with torch.device("meta"):  # where the caller makes its own tensors says nothing of ours
         got = layer(made.x, made.ids, made.weights, made.params)
     assert wanted is not None and got is not None and got.equal(wanted)
+
+
+def test_nothing_of_a_call_is_kept() -> None:
+    """Parameters may be made for one call; what is bound to them does not keep them alive."""
+    made = make(tokens=6)
+    assert isinstance(made.spec, ExpertsSpec)
+    layer, params = Bound(best(), made.spec), [p.clone() for p in made.params]
+    kept = [weakref.ref(p) for p in params]
+    assert layer(made.x, made.ids, made.weights, params) is not None
+    del params
+    assert [each() for each in kept] == [None] * len(kept)
 
 
 def test_a_copy_is_bound_to_its_own_tensors() -> None:

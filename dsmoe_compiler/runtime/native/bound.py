@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,9 @@ class Bound:
         try:
             if not all(map(_is_plain, (*params, *shared))):
                 raise Unsupported("its tensors are not all plain ones on the CPU")
-            return choose(self.library, self.spec, x, weights, params, self.shared, shared)
+            layer = choose(self.library, self.spec, x, weights, params, self.shared, shared)
+            # A call brings its tensors; kept here, those that are computed for it would live twice.
+            return replace(layer, params=(), shared=layer.shared if layer.gate else ())
         except Unsupported as e:
             return e
 
