@@ -1,0 +1,1 @@
+"""A fused program in the formats of other compilers: optimised ONNX, torch-mlir."""
