@@ -1,0 +1,1 @@
+"""A fused program as an ONNX model: each layer carried through torch's exporter, then lowered."""

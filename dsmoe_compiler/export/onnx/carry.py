@@ -1,0 +1,112 @@
+"""A fused program through torch's ONNX exporter, its layers as operators that `lower` knows.
+
+Routers and shared experts are spelled in ATen, where they were part of a layer's op, and torch's exporter
+translates them with the rest of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.onnx.ops import symbolic
+
+from dsmoe_compiler.export.onnx.inline import inline
+from dsmoe_compiler.export.onnx.routing import Routing, routing_of
+from dsmoe_compiler.ir import ops, reference
+from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse, to_text
+from dsmoe_compiler.quiet import silenced
+
+PACK = "dsmoe::Pack"
+_LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "torch.export")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's routed experts as they lie in the program: `number` in the graph's order, the experts'
+    tensors' dtype and shapes in `params` (fake ones, E first), `slots` K.
+    """
+
+    number: int
+    spec: ExpertsSpec
+    routing: Routing
+    slots: int
+    params: tuple[Tensor, ...]
+
+
+# What a layer's experts become: (x, ids, weights, params) -> out.
+Form = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
+
+
+def carry(exported: ExportedProgram, opset: int, choose: Callable[[Experts], Form]) -> ir.Model:
+    """The program as a model of that opset, every layer's experts in the form chosen for them. `exported` is
+    left as it was.
+    """
+    program = _copied(exported)
+    _spell(program, choose)
+    with warnings.catch_warnings(), silenced(*_LOGGERS):
+        warnings.simplefilter("ignore")
+        made = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=True)
+    assert made is not None
+    return made.model
+
+
+def _copied(exported: ExportedProgram) -> ExportedProgram:
+    """A program with a graph of its own, on the same tensors."""
+    return ExportedProgram(
+        root=GraphModule(exported.graph_module, copy.deepcopy(exported.graph)),
+        graph=copy.deepcopy(exported.graph),
+        graph_signature=copy.deepcopy(exported.graph_signature),
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        constants=exported.constants,
+        verifiers=exported.verifiers,
+    )
+
+
+def _spell(program: ExportedProgram, choose: Callable[[Experts], Form]) -> None:
+    """Replace our operators by ATen's and by those that `lower` knows."""
+    graph = program.graph
+    for node in _calls(program, ops.MOE):
+        inline(node, _as_experts)
+    for number, node in enumerate(_calls(program, ops.EXPERTS)):
+        _, ids, weights, params, text = node.args
+        assert isinstance(ids, Node) and isinstance(weights, Node) and isinstance(params, (list, tuple))
+        fakes = tuple(p.meta["val"] for p in params if isinstance(p, Node))
+        slots = int(ids.meta["val"].shape[1])
+        form = choose(Experts(number, parse(str(text), ExpertsSpec), routing_of(ids, weights), slots, fakes))
+        inline(node, lambda x, ids, weights, params, _, form=form: form(x, ids, weights, params))
+    for node in _calls(program, ops.ROUTE):
+        raise AssertionError(f"{node}: no pass leaves a router without its experts")
+    for node in _calls(program, ops.PACK):
+        inline(node, _pack)
+    graph.eliminate_dead_code()
+    graph.lint()
+    program.graph_module.recompile()
+
+
+def _calls(program: ExportedProgram, target: torch._ops.OpOverload) -> list[Node]:
+    return list(program.graph.find_nodes(op="call_function", target=target))
+
+
+def _as_experts(
+    x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], shared: Sequence[Tensor], spec: str
+) -> Tensor:
+    """`dsmoe::moe` as its router, `dsmoe::experts` and the shared experts."""
+    layer = parse(spec, MoESpec)
+    weights, ids = reference.route_tokens(x, router, layer)
+    out: Tensor = ops.EXPERTS(x, ids, weights, list(params), to_text(layer.experts))
+    return out + reference.shared_experts(x, shared, layer.shared) if layer.shared else out
+
+
+def _pack(parts: Sequence[Tensor]) -> Tensor:
+    shape = (len(parts), *parts[0].shape)
+    return symbolic(PACK, list(parts), dtype=parts[0].dtype, shape=shape, version=1)
