@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
+Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.TensorProtocol
 
 
 class Builder:
-    """What replaces one node: nodes in their order, and the initializers they read. Values and nodes are named
-    `prefix` and what they are.
+    """What replaces one node: nodes in their order, and the initializers they read. Values and nodes are
+    named `prefix` and what they are.
     """
 
     def __init__(self, graph: ir.Graph, prefix: str) -> None:
@@ -68,11 +68,19 @@ class Builder:
 
     def _register(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
-            name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=tensor.name,
+            shape=ir.Shape(tensor.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self.graph.register_initializer(value)
         return value
 
     def replace(self, node: ir.Node, *values: ir.Value) -> None:
         """Put the nodes in the place of `node`, the values in the places of its outputs."""
-        ir.convenience.replace_nodes_and_values(self.graph, node, [node], self.nodes, node.outputs, values)
+        self.graph.insert_before(node, self.nodes)
+        for old, new in zip(node.outputs, values, strict=True):
+            if new.shape is None:
+                new.shape, new.type = old.shape, old.type
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)

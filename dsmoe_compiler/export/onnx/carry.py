@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.onnx.ops import symbolic
 
+from dsmoe_compiler.export.onnx.initializers import store_transposed
 from dsmoe_compiler.export.onnx.inline import inline
 from dsmoe_compiler.export.onnx.routing import Routing, routing_of
 from dsmoe_compiler.ir import ops, reference
@@ -53,8 +54,10 @@ def carry(exported: ExportedProgram, opset: int, choose: Callable[[Experts], For
     _spell(program, choose)
     with warnings.catch_warnings(), silenced(*_LOGGERS):
         warnings.simplefilter("ignore")
-        made = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=True)
-    assert made is not None
+        made = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=False)
+        assert made is not None
+        store_transposed(made.model.graph)  # before constants are folded, and lose their names
+        made.optimize()
     return made.model
 
 

@@ -83,7 +83,7 @@ def _chosen(ids_TK: Node) -> bool:
 
 def _not_negative(value: object, path: set[Node]) -> bool:
     if isinstance(value, (int, float)):
-        return value >= 0
+        return bool(value >= 0)
     if not isinstance(value, Node) or value.op != "call_function" or value in path:
         return False
     target, path = value.target, path | {value}

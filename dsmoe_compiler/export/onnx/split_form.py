@@ -1,13 +1,15 @@
 """Routed experts as sorted rows, cut into a part an expert: what standard ONNX runs fastest.
 
-The pairs (token, slot) are sorted by expert, their tokens' rows gathered, and every product of the body is one
-matrix product an expert on its part of the rows; all else of the body runs on all rows at once. A body travels
-through torch's exporter with two operators of our own in it, and comes out of `lower` as standard ones:
+The pairs (token, slot) are sorted by expert, their tokens' rows gathered, and every product of the body is
+one matrix product an expert on its part of the rows; all else of the body runs on all rows at once. A body
+travels through torch's exporter with two operators of our own in it, and comes out of `lower` as standard
+ones:
 
     dsmoe::Sort(ids (P))                   -> tokens (P), slots (P), experts (P), inverse (P), counts (groups)
     dsmoe::GroupedMatMul(rows (P, n), counts (groups), weights (E, …)) -> (P, m)
 
-P = T·K; there is a group an expert, and one before them for dropped pairs where `drops` says there may be any.
+P = T·K; there is a group an expert, and one before them for dropped pairs where `drops` says there may be
+any.
 Shapes: x_TD, ids_TK, weights_TK.
 """
 
@@ -77,10 +79,7 @@ def split_form(
     if drops:
         y_PD = torch.where((expert_P >= 0).unsqueeze(1), y_PD, torch.zeros_like(y_PD))
     y_TKD = y_PD.index_select(0, inverse_P).view(tokens, slots, y_PD.shape[1])
-    if weighted:
-        y_TD = torch.matmul(weights_TK.unsqueeze(1), y_TKD).squeeze(1)
-    else:
-        y_TD = y_TKD.sum(1)
+    y_TD = torch.matmul(weights_TK.unsqueeze(1), y_TKD).squeeze(1) if weighted else y_TKD.sum(1)
     return y_TD.to(reference.out_dtype(spec, y_TD.dtype))
 
 

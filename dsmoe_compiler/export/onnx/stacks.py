@@ -1,4 +1,6 @@
-"""The experts' weights of a model, one expert at a time: views of the model's own memory, read when written."""
+"""The experts' weights of a model, one expert at a time: views of the model's own memory, read when they
+are written.
+"""
 
 from __future__ import annotations
 
