@@ -69,7 +69,7 @@ class Builder:
     def _register(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
             name=tensor.name,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             type=ir.TensorType(tensor.dtype),
             const_value=tensor,
         )

@@ -1,4 +1,4 @@
-"""Names that a reader of the model knows: inputs, outputs, dimensions, and nodes by the module they are of."""
+"""Names that a reader of the model knows: of inputs, outputs and dimensions, and of nodes by their module."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _not_negative(value: object, path: set[Node]) -> bool:
     if target is operator.getitem:
         source, which = value.args
         assert isinstance(source, Node)
-        return which == 0 and source.target in _TOPK and _not_negative(source.args[0], path)
+        return bool(which == 0) and source.target in _TOPK and _not_negative(source.args[0], path)
     if target in _SEEN_THROUGH or target in _CHOOSING:
         return _not_negative(value.args[0], path)
     if target in _KEEPING:
