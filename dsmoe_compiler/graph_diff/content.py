@@ -1,0 +1,78 @@
+"""The bytes of a tensor, wherever they are, and whether two tensors have the same: nothing is held whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os.path import isfile
+from pathlib import Path
+from typing import Protocol
+
+_PIECE = 4 << 20  # bytes compared at a time: tensors that differ mostly do so in the first
+
+
+class Content(Protocol):
+    """A tensor's bytes in row-major order, little-endian. Two that are equal are the very same bytes."""
+
+    @property
+    def available(self) -> bool:
+        """Whether they can be read: a file may be missing, a tensor have no storage."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes from `start` up to `stop`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Bytes in memory."""
+
+    data: bytes
+
+    @property
+    def available(self) -> bool:
+        return True
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read(self, start: int, stop: int) -> bytes:
+        return self.data[start:stop]
+
+
+@dataclass(frozen=True)
+class InFile:
+    """A part of a file, which may be missing or too short."""
+
+    path: Path
+    offset: int
+    size: int
+
+    @property
+    def available(self) -> bool:
+        # Unlike the path's own method, this one forgives impossible names.
+        return isfile(self.path) and self.path.stat().st_size >= self.offset + self.size
+
+    def read(self, start: int, stop: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start)
+            return file.read(stop - start)
+
+
+def same_content(a: Content, b: Content) -> bool:
+    """Whether both hold the same bytes; read up to the first piece that differs. Raises OSError."""
+    if a == b:
+        return True
+    if a.size != b.size:
+        return False
+    starts = range(0, a.size, _PIECE)
+    return all(
+        a.read(start, min(start + _PIECE, a.size)) == b.read(start, min(start + _PIECE, a.size))
+        for start in starts
+    )
