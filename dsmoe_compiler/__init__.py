@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsmoe_compiler.api import compile, cost, inspect
     from dsmoe_compiler.cost_model.cost import Cost
+    from dsmoe_compiler.exports import Exported, export_onnx
     from dsmoe_compiler.ir.errors import (
         CaptureError,
         DsmoeError,
+        ExportError,
         InputError,
         LoadError,
         NotFused,
@@ -32,9 +34,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "api": ("compile", "cost", "inspect"),
     "cost_model.cost": ("Cost",),
+    "exports": ("Exported", "export_onnx"),
     "ir.errors": (
         "CaptureError",
         "DsmoeError",
+        "ExportError",
         "InputError",
         "LoadError",
         "NotFused",
@@ -52,6 +56,8 @@ __all__ = [
     "Cost",
     "DsmoeError",
     "ExpertsSpec",
+    "ExportError",
+    "Exported",
     "InputError",
     "LayerReport",
     "LoadError",
@@ -66,6 +72,7 @@ __all__ = [
     "SharedSpec",
     "compile",
     "cost",
+    "export_onnx",
     "inspect",
     "load",
 ]

@@ -131,6 +131,26 @@ class Inputs:
         """The captured sizes of every flat input, None for one that is no tensor."""
         return [leaf.sizes for leaf in self._leaves]
 
+    def made_up(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call, where no example is known: ids 0 and 1, numbers about 0, small sizes that differ."""
+        generator = torch.Generator().manual_seed(0)
+        symbols = sorted(
+            {s for leaf in self._leaves for n in leaf.sizes or () for s in n.free_symbols}, key=str
+        )
+        numbers = {s: sympy.Integer(max(self._range(s)[0], 2 + place)) for place, s in enumerate(symbols)}
+        leaves = [
+            leaf.constant if leaf.sizes is None else _numbers(leaf, numbers, generator)
+            for leaf in self._leaves
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return args, kwargs
+
+    def names(self) -> list[str]:
+        """What each input that is a tensor is called: its argument's name, then keys and places."""
+        return [
+            re.sub(r"\['?(.+?)'?\]", r".\1", leaf.name) for leaf in self._leaves if leaf.sizes is not None
+        ]
+
     @property
     def doubtful(self) -> bool:
         """Whether tracing assumed of any size that it is neither 0 nor 1, and this is not held to."""
@@ -316,6 +336,18 @@ class Inputs:
             return 0, None
         low = 0 if bounds.lower == 2 and not self.call.exact else int(max(bounds.lower, 0))
         return low, int(bounds.upper) if bounds.upper.is_Integer else None
+
+
+def _numbers(leaf: _Leaf, sizes: Mapping[sympy.Expr, sympy.Expr], generator: torch.Generator) -> Tensor:
+    """A tensor for an input, at these sizes."""
+    shape = [int(size.xreplace(sizes)) for size in leaf.sizes or ()]
+    assert leaf.dtype is not None
+    made = (
+        torch.randn(shape, generator=generator)
+        if leaf.dtype.is_floating_point
+        else torch.randint(2, shape, generator=generator)
+    )
+    return made.to(leaf.dtype).to(leaf.device)
 
 
 def _argument_names(program: ExportedProgram) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +50,12 @@ class Structure:
     def build(self, values: Sequence[Any]) -> Any:
         """The inverse of `of`."""
         return _put_together(self, iter(values))
+
+    def names(self) -> list[str]:
+        """What each value is called: its key, field or place in its container, joined by dots; "output" for
+        a value alone.
+        """
+        return [".".join(path) or "output" for path in _paths(self)]
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Structure:
@@ -104,6 +110,16 @@ def _take_apart(output: Any, values: list[Any]) -> Structure:
         "tuples and dataclasses of them",
         "R105",
     )
+
+
+def _paths(structure: Structure) -> Iterator[tuple[str, ...]]:
+    """Of every value, in order. Places in a container at the root count from "output"."""
+    if structure.kind == "value":
+        yield ()
+    places = structure.keys or range(len(structure.children))
+    for place, child in zip(places, structure.children, strict=True):
+        for path in _paths(child):
+            yield (str(place), *path)
 
 
 def _each(items: Any, values: list[Any]) -> tuple[Structure, ...]:

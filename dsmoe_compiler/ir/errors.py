@@ -143,6 +143,10 @@ class LoadError(InputError):
     """A file is not a program saved by this package, or is damaged."""
 
 
+class ExportError(DsmoeError):
+    """A program cannot be written in another format, or what was written gives other numbers."""
+
+
 class NotFused(DsmoeError):
     """`require_fused=True` and at least one Mixture-of-Experts layer was refused."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import onnx_ir as ir
 import torch
@@ -20,38 +20,25 @@ from torch.onnx.ops import symbolic
 
 from dsmoe_compiler.export.onnx.initializers import store_transposed
 from dsmoe_compiler.export.onnx.inline import inline
-from dsmoe_compiler.export.onnx.routing import Routing, routing_of
+from dsmoe_compiler.export.onnx.layer import Experts, Form
+from dsmoe_compiler.export.onnx.routing import routing_of
 from dsmoe_compiler.ir import ops, reference
+from dsmoe_compiler.ir.graph import common_module
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse, to_text
 from dsmoe_compiler.quiet import silenced
 
-PACK = "dsmoe::Pack"
+PACK, OUTPUT = "dsmoe::Pack", "dsmoe::Output"
 _LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "torch.export")
 
 
-@dataclass(frozen=True)
-class Experts:
-    """A layer's routed experts as they lie in the program: `number` in the graph's order, the experts'
-    tensors' dtype and shapes in `params` (fake ones, E first), `slots` K.
-    """
-
-    number: int
-    spec: ExpertsSpec
-    routing: Routing
-    slots: int
-    params: tuple[Tensor, ...]
-
-
-# What a layer's experts become: (x, ids, weights, params) -> out.
-Form = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
-
-
-def carry(exported: ExportedProgram, opset: int, choose: Callable[[Experts], Form]) -> ir.Model:
+def carry(
+    exported: ExportedProgram, opset: int, names: Mapping[str, str], choose: Callable[[Experts], Form]
+) -> ir.Model:
     """The program as a model of that opset, every layer's experts in the form chosen for them. `exported` is
-    left as it was.
+    left as it was; `names` are its layers', by the name of their op in its graph.
     """
     program = _copied(exported)
-    _spell(program, choose)
+    _spell(program, names, choose)
     with warnings.catch_warnings(), silenced(*_LOGGERS):
         warnings.simplefilter("ignore")
         made = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=False)
@@ -75,18 +62,23 @@ def _copied(exported: ExportedProgram) -> ExportedProgram:
     )
 
 
-def _spell(program: ExportedProgram, choose: Callable[[Experts], Form]) -> None:
+def _spell(program: ExportedProgram, names: Mapping[str, str], choose: Callable[[Experts], Form]) -> None:
     """Replace our operators by ATen's and by those that `lower` knows."""
     graph = program.graph
-    for node in _calls(program, ops.MOE):
-        inline(node, _as_experts)
+    layers = [node for node in graph.nodes if node.target in (ops.MOE, ops.EXPERTS)]
+    called = [names.get(node.name) or common_module([node]) for node in layers]
+    for node, name in zip(layers, called, strict=True):
+        _move_out(node, name)
+    for number, node in enumerate(layers):
+        if node.target is ops.MOE:
+            inline(node, partial(_as_experts, number))
     for number, node in enumerate(_calls(program, ops.EXPERTS)):
         _, ids, weights, params, text = node.args
         assert isinstance(ids, Node) and isinstance(weights, Node) and isinstance(params, (list, tuple))
         fakes = tuple(p.meta["val"] for p in params if isinstance(p, Node))
-        slots = int(ids.meta["val"].shape[1])
-        form = choose(Experts(number, parse(str(text), ExpertsSpec), routing_of(ids, weights), slots, fakes))
-        inline(node, lambda x, ids, weights, params, _, form=form: form(x, ids, weights, params))
+        slots, spec = int(ids.meta["val"].shape[1]), parse(str(text), ExpertsSpec)
+        layer = Experts(number, called[number], spec, routing_of(ids, weights), slots, fakes)
+        inline(node, partial(_formed, choose(layer), number if node in layers else None))
     for node in _calls(program, ops.ROUTE):
         raise AssertionError(f"{node}: no pass leaves a router without its experts")
     for node in _calls(program, ops.PACK):
@@ -100,14 +92,47 @@ def _calls(program: ExportedProgram, target: torch._ops.OpOverload) -> list[Node
     return list(program.graph.find_nodes(op="call_function", target=target))
 
 
+def _move_out(node: Node, layer: str) -> None:
+    """Have the call be one of the layer's own, not of a module inside it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    inside = f"{layer}." if layer else None
+    node.meta["nn_module_stack"] = {
+        key: entry for key, entry in stack.items() if inside is None or not entry[0].startswith(inside)
+    }
+
+
+def _formed(
+    form: Form,
+    number: int | None,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    params: Sequence[Tensor],
+    spec: str,
+) -> Tensor:
+    out = form(x, ids, weights, params)
+    return out if number is None else _layer_output(number, out)
+
+
+def _layer_output(number: int, out: Tensor) -> Tensor:
+    return symbolic(OUTPUT, [out], {"layer": number}, dtype=out.dtype, shape=out.shape, version=1)
+
+
 def _as_experts(
-    x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], shared: Sequence[Tensor], spec: str
+    number: int,
+    x: Tensor,
+    router: Sequence[Tensor],
+    params: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    spec: str,
 ) -> Tensor:
     """`dsmoe::moe` as its router, `dsmoe::experts` and the shared experts."""
     layer = parse(spec, MoESpec)
     weights, ids = reference.route_tokens(x, router, layer)
     out: Tensor = ops.EXPERTS(x, ids, weights, list(params), to_text(layer.experts))
-    return out + reference.shared_experts(x, shared, layer.shared) if layer.shared else out
+    if layer.shared:
+        out = out + reference.shared_experts(x, shared, layer.shared)
+    return _layer_output(number, out)
 
 
 def _pack(parts: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dsmoe_compiler.export.onnx.build import Builder
-from dsmoe_compiler.export.onnx.carry import PACK
+from dsmoe_compiler.export.onnx.carry import OUTPUT, PACK
 from dsmoe_compiler.export.onnx.split_form import GROUPED_MATMUL, SORT
 from dsmoe_compiler.export.onnx.stacks import Stack, stack_of
 
@@ -26,11 +26,11 @@ _DOMAIN = SORT.split("::")[0]
 Matrix = Callable[[Builder, Stack, int, bool], ir.Value]
 
 
-def lower(model: ir.Model, names: Mapping[int, str], matrix: Matrix) -> None:
-    """Replace every operator of our own. `names` are the layers', by number, for the nodes' names; `matrix`
-    says how weights are kept.
+def lower(model: ir.Model, names: Mapping[int, str], matrix: Matrix) -> dict[int, ir.Value]:
+    """Replace every operator of our own; what each layer gives, by its number. `names` are the layers', for
+    the nodes' names; `matrix` says how weights are kept.
     """
-    layer = ""
+    layer, outputs = "", dict[int, ir.Value]()
     for node in list(model.graph):
         if node.domain != _DOMAIN:
             continue
@@ -39,10 +39,13 @@ def lower(model: ir.Model, names: Mapping[int, str], matrix: Matrix) -> None:
             _sort(model.graph, node, layer)
         elif node.op_type == GROUPED_MATMUL.split("::")[1]:
             _grouped(model.graph, node, layer, matrix)
+        elif node.op_type == OUTPUT.split("::")[1]:
+            outputs[node.attributes.get_int("layer")] = _output(model.graph, node)
     for node in reversed(list(model.graph)):  # what is left of the stacks
         if node.domain == _DOMAIN and node.op_type == PACK.split("::")[1]:
             _pack(model.graph, node)
     model.opset_imports.pop(_DOMAIN, None)
+    return outputs
 
 
 def _sort(graph: ir.Graph, node: ir.Node, layer: str) -> None:
@@ -89,6 +92,13 @@ def _computed(to: Builder, stacked: ir.Value, expert: int, transposed: bool) -> 
     return to.op("Transpose", one, perm=[1, 0]) if transposed else one
 
 
+def _output(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    (value,) = node.inputs
+    assert value is not None
+    Builder(graph, "").replace(node, value)
+    return value
+
+
 def _pack(graph: ir.Graph, node: ir.Node) -> None:
     """The stack itself, where something else than a product reads it."""
     if not any(output.uses() for output in node.outputs):
@@ -101,8 +111,8 @@ def _pack(graph: ir.Graph, node: ir.Node) -> None:
 
 def _short(stacked: ir.Value, stack: Stack | None) -> str:
     """What the matrices are called within their layer."""
-    name = stack.names[0].rsplit(".", 1)[0] if stack else str(stacked.name)
-    return name.rsplit(".", 1)[-1]
+    parts = (stack.names[0] if stack else str(stacked.name)).split(".")
+    return [p for p in parts if not p.isdigit() and p != "weight"][-1]
 
 
 def plain(to: Builder, stack: Stack, expert: int, transposed: bool) -> ir.Value:

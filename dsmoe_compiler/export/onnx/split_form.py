@@ -15,15 +15,15 @@ Shapes: x_TD, ids_TK, weights_TK.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
+from dsmoe_compiler.export.onnx.layer import Experts, Form
 from dsmoe_compiler.ir import reference
 from dsmoe_compiler.ir.body import GEMMS, Body, Step, Terms
-from dsmoe_compiler.ir.spec import ExpertsSpec
 
 SORT, GROUPED_MATMUL = "dsmoe::Sort", "dsmoe::GroupedMatMul"
 
@@ -32,27 +32,31 @@ class NotSplit(Exception):
     """Why a body cannot be computed on rows sorted by expert."""
 
 
-def split_form(
+def split_form(layer: Experts) -> Form:
+    """What `dsmoe::experts` computes of a layer. Raises NotSplit for a body whose matrices are computed."""
+    matrices = _matrices(layer.spec.body)
+    if any(p.dim() > 2 for i, p in enumerate(layer.params) if i not in matrices):
+        raise NotSplit("an expert's matrix is read as its numbers")
+    return lambda x_TD, ids_TK, weights_TK, params: _computed(
+        x_TD, ids_TK, weights_TK, params, layer, matrices
+    )
+
+
+def _computed(
     x_TD: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
     params: Sequence[Tensor],
-    spec: ExpertsSpec,
-    *,
-    layer: int,
-    drops: bool,
+    layer: Experts,
+    matrices: Collection[int],
 ) -> Tensor:
-    """What `dsmoe::experts` computes, (T, out width). `layer` numbers it; `drops`: ids may be −1.
-
-    Raises NotSplit for a body whose matrices are computed.
-    """
-    matrices = _matrices(spec.body)
+    spec, drops = layer.spec, layer.routing.drops
     tokens, slots = ids_TK.shape
     pairs = tokens * slots
     token_P, slot_P, expert_P, inverse_P, counts = symbolic_multi_out(
         SORT,
         [ids_TK.to(torch.int64).reshape(-1)],
-        {"experts": spec.count, "slots": slots, "drops": int(drops), "layer": layer},
+        {"experts": spec.count, "slots": slots, "drops": int(drops), "layer": layer.number},
         dtypes=[torch.int64] * 5,
         shapes=[*[(pairs,)] * 4, (spec.count + drops,)],
         version=1,
@@ -102,8 +106,6 @@ def _matrices(body: Body) -> set[int]:
 
 def _rows(param: Tensor, expert_P: Tensor) -> Tensor:
     """Each pair's own vector or number: (P, n), or (P, 1)."""
-    if param.dim() > 2:
-        raise NotSplit("an expert's matrix is read as its numbers")
     flat = param.unsqueeze(1) if param.dim() == 1 else param
     return flat.index_select(0, expert_P.clamp(min=0))
 

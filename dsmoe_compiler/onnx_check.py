@@ -1,0 +1,113 @@
+"""A written ONNX model, run by onnxruntime, against the program it was made of."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsmoe_compiler.export.onnx.model import LayerForm
+from dsmoe_compiler.ir import ops
+from dsmoe_compiler.ir.errors import ExportError
+from dsmoe_compiler.program import Program
+from dsmoe_compiler.replay import Call, replay
+from dsmoe_compiler.validate import relative_error
+
+_FAR = 1e-3  # of a layer's largest number: past what orders of summation explain in float32
+
+
+def check(program: Program, path: Path, layers: Sequence[LayerForm], example: Call) -> float:
+    """The largest relative error on the example; on other sizes and at size 1 what `replay` allows.
+
+    Raises ExportError where onnxruntime does not run the model, or gives other numbers.
+    """
+    replayed = replay(program, _Session(program, path), program.inputs, example)
+    if replayed.wrong:
+        found = _first_layer(program, path, layers, example)
+        where = f"; the first layer that differs is {found}" if found else "; every MoE layer is right"
+        raise ExportError(
+            f"{path} was written, but in onnxruntime it gives other numbers than the program on "
+            f"{replayed.wrong}{where}"
+        )
+    return replayed.error or 0.0
+
+
+class _Session:
+    """A model in onnxruntime, called as the program is."""
+
+    def __init__(self, program: Program, path: Path) -> None:
+        self._program, self._run = program, _runner(path)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        flat = [v for v in self._program.inputs.flat(args, kwargs) if isinstance(v, Tensor)]
+        return self._program.outputs.build(self._run(flat))
+
+
+def _runner(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Calls the model at `path`. Raises ExportError where onnxruntime cannot load it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # its bindings raise classes of their own
+        reason = str(e).splitlines()[0][:200]
+        raise ExportError(
+            f"{path} was written, but onnxruntime {onnxruntime.__version__} cannot load it: {reason}"
+        ) from e
+    names = [given.name for given in session.get_inputs()]
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        feeds = dict(zip(names, (t.detach().numpy() for t in tensors), strict=True))
+        return [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
+
+    return run
+
+
+def _first_layer(program: Program, path: Path, layers: Sequence[LayerForm], example: Call) -> str:
+    """The first layer whose output differs on the example; "" if none does."""
+    flat = program.inputs.flat(*example)
+    with torch.no_grad(), _LayerOutputs() as expected:
+        program.exported.module(check_guards=False)(*example[0], **example[1])
+    for layer, theirs, ours in zip(layers, expected.outputs, _values(path, layers, flat), strict=False):
+        if ours.shape != theirs.shape or not relative_error(ours, theirs) <= _FAR:
+            return layer.name
+    return ""
+
+
+class _LayerOutputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While entered, keeps what the layers' ops give."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.outputs: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (ops.MOE, ops.EXPERTS):
+            self.outputs.append(result)
+        return result
+
+
+def _values(path: Path, layers: Sequence[LayerForm], flat: Sequence[Any]) -> list[Tensor]:
+    """What the layers give in the model at `path`: it is read once more with these as its outputs."""
+    model = ir.load(path)
+    by_name = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs[:] = [by_name[layer.output] for layer in layers]
+    beside = path.with_name(f".{secrets.token_hex(8)}.onnx")
+    try:
+        ir.save(model, beside)  # its weights stay in the file they are in
+        return _runner(beside)([v for v in flat if isinstance(v, Tensor)])
+    finally:
+        beside.unlink(missing_ok=True)
