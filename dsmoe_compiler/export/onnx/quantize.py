@@ -28,7 +28,12 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+# The dtypes that weights may have, and their largest numbers.
+_LARGEST = {
+    np.dtype(np.float32): float(np.finfo(np.float32).max),
+    np.dtype(np.float16): float(np.finfo(np.float16).max),
+    np.dtype(ml_dtypes.bfloat16): float.fromhex("0x1.fep127"),
+}
 _SMALLEST = np.finfo(np.float32).tiny  # below it, dividing by a scale is no longer exact
 
 
@@ -93,7 +98,7 @@ def quantize(matrix: Array, form: Blockwise) -> Quantized:
     """The matrix (in, out), float32, float16 or bfloat16, in whole numbers: every weight within half a scale,
     and what a dtype of fewer bits then rounds.
 
-    Raises ValueError for another dtype, and for weights that are infinite or no numbers.
+    Raises ValueError for another dtype, and for weights that are infinite, no numbers, or as large as those.
     """
     scales, zeros = scales_of(matrix, form)
     blocks = _in_blocks(matrix, form)
@@ -112,11 +117,15 @@ def scales_of(matrix: Array, form: Blockwise) -> tuple[Array, Array | None]:
     Zero is always among the numbers of a block, so that padding and pruned weights stay what they are, and
     no weight is outside of them.
     """
+    if matrix.dtype not in _LARGEST:
+        raise ValueError(f"weights to quantise are float32, float16 or bfloat16, not {matrix.dtype}")
     blocks = _in_blocks(matrix, form)
-    # Zero is a value of every block; a shape without inputs has no maximum otherwise.
     high, low = blocks.max(1, initial=0.0), blocks.min(1, initial=0.0)
-    if not (np.isfinite(high).all() and np.isfinite(low).all()):
-        raise ValueError("weights to quantise are finite; some are infinite or no numbers")
+    # Half a scale above the largest weight there must be numbers still. Neither inf nor NaN passes.
+    if not np.all(np.maximum(high, -low) <= _LARGEST[matrix.dtype] / 2):
+        raise ValueError(
+            f"weights to quantise are finite and at most half of {matrix.dtype}'s largest; some are not"
+        )
     if form.symmetric:
         exact = np.maximum(high / form.highest, low / form.lowest)
     else:
@@ -155,8 +164,6 @@ def _in_blocks(matrix: Array, form: Blockwise) -> Array:
 
 def _rounded_up(scales: Array, dtype: np.dtype[Any]) -> Array:
     """Scales in a dtype, none less than it was: the largest weight of a block has a code."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"weights to quantise are float32, float16 or bfloat16, not {dtype}")
     nearest = scales.astype(dtype)
     above = np.nextafter(nearest, np.array(np.inf, dtype))
     return np.where(nearest.astype(np.float32) < scales, above, nearest)
