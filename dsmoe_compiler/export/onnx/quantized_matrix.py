@@ -91,7 +91,7 @@ def quantized(weights: Weights, symmetric: bool | None = None) -> tuple[Matrix, 
     dtype, stored = _STORED[form.bits, form.symmetric]
 
     def matrix(to: Builder, stack: Stack, expert: int, transposed: bool) -> ir.Value:
-        name, product = stack.names[expert], to.prefix
+        name, product = stack.names[expert], to.prefix.lstrip("/")
         if stack.dtype not in _QUANTISED:
             raise InputError(
                 f"{name}: {stack.dtype.name} weights cannot be quantised; export without weights="
