@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsmoe_compiler.api import compile, cost, inspect
     from dsmoe_compiler.cost_model.cost import Cost
-    from dsmoe_compiler.exports import Exported, export_onnx
+    from dsmoe_compiler.exports import Exported, export_mlir, export_onnx
     from dsmoe_compiler.ir.errors import (
         CaptureError,
         DsmoeError,
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "api": ("compile", "cost", "inspect"),
     "cost_model.cost": ("Cost",),
-    "exports": ("Exported", "export_onnx"),
+    "exports": ("Exported", "export_mlir", "export_onnx"),
     "ir.errors": (
         "CaptureError",
         "DsmoeError",
@@ -72,6 +72,7 @@ __all__ = [
     "SharedSpec",
     "compile",
     "cost",
+    "export_mlir",
     "export_onnx",
     "inspect",
     "load",

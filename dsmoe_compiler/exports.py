@@ -18,7 +18,9 @@ from dsmoe_compiler.program import Program
 from dsmoe_compiler.turns import TURN
 
 if TYPE_CHECKING:
+    from dsmoe_compiler.export.mlir.write import Dialect
     from dsmoe_compiler.export.onnx.model import LayerForm
+    from dsmoe_compiler.export.onnx.quantized_matrix import LayerError
 
 Target = Literal["standard", "ort"]
 Weights = Literal["int8", "int4"]
@@ -28,7 +30,8 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnx_ir")
 @dataclass(frozen=True)
 class Exported:
     """What lies in the files: `path` and, where the model has weights, `data` beside it; what each layer
-    became; `error`, the largest relative error onnxruntime showed against the program (None: not verified).
+    became; `error`, the largest relative error onnxruntime showed against the program, with the weights that
+    were written (None: not verified); what quantising did to the matrices of each product.
     """
 
     path: Path
@@ -39,6 +42,7 @@ class Exported:
     nodes: int
     layers: tuple[LayerForm, ...]
     error: float | None
+    quantized: tuple[LayerError, ...] = ()
 
     @property
     def graph_bytes(self) -> int:
@@ -116,11 +120,41 @@ def export_onnx(
         sum(1 for _ in made.model.graph),
         made.layers,
         None,
+        made.errors(),
     )
     if not verify:
         return exported
     stage("check")
-    return replace(exported, error=check(program, path, made.layers, example))
+    return replace(exported, error=check(program, path, made.layers, example, weights))
+
+
+def export_mlir(
+    model_or_program: Model | Program,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    dialect: Dialect = "torch",
+    weights: bool = False,
+    dynamic_shapes: Any = "auto",
+    progress: Progress | None = None,
+) -> str:
+    """The model as the text of one MLIR function, also written to `path`.
+
+    "torch" keeps each fused layer as one `torch.operator "torch.dsmoe.moe"`; "linalg" lowers everything to
+    linalg on tensors. `weights`: their bytes too; without them a text can be read but not run. Other
+    arguments as for `export_onnx`.
+
+    Raises InputError when torch-mlir is not installed (the extra `mlir`), cannot express or lower something,
+    or `path` cannot be written. CaptureError: as `compile`.
+    """
+    from dsmoe_compiler.export.mlir.write import export_mlir as write_mlir
+
+    program, _ = _program(model_or_program, args, kwargs, dynamic_shapes, progress)
+    if progress:
+        progress("export")
+    with TURN, Deferred():
+        return write_mlir(program.exported, path=path, dialect=dialect, weights=weights)
 
 
 def _program(

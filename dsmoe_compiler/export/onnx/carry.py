@@ -23,6 +23,7 @@ from dsmoe_compiler.export.onnx.inline import inline
 from dsmoe_compiler.export.onnx.layer import Experts, Form
 from dsmoe_compiler.export.onnx.routing import routing_of
 from dsmoe_compiler.ir import ops, reference
+from dsmoe_compiler.ir.errors import ExportError
 from dsmoe_compiler.ir.graph import common_module
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse, to_text
 from dsmoe_compiler.quiet import silenced
@@ -41,11 +42,22 @@ def carry(
     _spell(program, names, choose)
     with warnings.catch_warnings(), silenced(*_LOGGERS):
         warnings.simplefilter("ignore")
-        made = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=False)
+        try:
+            made = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=False)
+        except torch.onnx.OnnxExporterError as e:
+            raise ExportError(f"torch.onnx cannot translate the model: {_reason(e)}") from e
         assert made is not None
         store_transposed(made.model.graph)  # before constants are folded, and lose their names
         made.optimize()
     return made.model
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause of an error of torch's exporter, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return said[:300]
 
 
 def _copied(exported: ExportedProgram) -> ExportedProgram:

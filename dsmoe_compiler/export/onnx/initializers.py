@@ -8,6 +8,10 @@ import torch
 from dsmoe_compiler.export.onnx.build import Builder
 
 
+# After the name of a matrix that is stored transposed, until it is known that the name itself is free.
+TRANSPOSED = ".T"
+
+
 def store_transposed(graph: ir.Graph) -> None:
     """Store a matrix that is only read transposed as it is read; it keeps its name.
 
@@ -21,10 +25,14 @@ def store_transposed(graph: ir.Graph) -> None:
 
 
 def drop_unused(graph: ir.Graph) -> None:
-    """Remove initializers that nothing reads."""
+    """Remove initializers that nothing reads; a matrix that is only kept transposed has its name then."""
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+    for name, value in list(graph.initializers.items()):
+        plain = name.removesuffix(TRANSPOSED)
+        if plain not in graph.initializers:
+            value.name = plain
 
 
 def _merge_tied(graph: ir.Graph) -> None:

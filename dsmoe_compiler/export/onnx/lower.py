@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from dsmoe_compiler.export.onnx.build import Builder
 from dsmoe_compiler.export.onnx.carry import OUTPUT, PACK
+from dsmoe_compiler.export.onnx.initializers import TRANSPOSED
 from dsmoe_compiler.export.onnx.split_form import GROUPED_MATMUL, SORT
 from dsmoe_compiler.export.onnx.stacks import Stack, stack_of
 
@@ -117,7 +118,7 @@ def _short(stacked: ir.Value, stack: Stack | None) -> str:
 
 def plain(to: Builder, stack: Stack, expert: int, transposed: bool) -> ir.Value:
     """An expert's matrix in the model's own numbers, (in, out)."""
+    name = stack.names[expert]
     if not transposed:
-        return to.weight(stack.names[expert], stack.shape, stack.dtype, lambda: stack.read(expert))
-    shape = stack.shape[::-1]
-    return to.weight(stack.names[expert], shape, stack.dtype, lambda: stack.read(expert).T)
+        return to.weight(name, stack.shape, stack.dtype, lambda: stack.read(expert))
+    return to.weight(f"{name}{TRANSPOSED}", stack.shape[::-1], stack.dtype, lambda: stack.read(expert).T)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,11 +10,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 from torch.export import ExportedProgram
 
-from dsmoe_compiler.export.onnx import lower as standard
 from dsmoe_compiler.export.onnx.carry import carry
+from dsmoe_compiler.export.onnx.contrib import NotExpressible, contrib_form, lower_contrib
 from dsmoe_compiler.export.onnx.initializers import drop_unused
 from dsmoe_compiler.export.onnx.layer import Experts, Form
+from dsmoe_compiler.export.onnx.lower import lower, plain
 from dsmoe_compiler.export.onnx.names import name_dimensions, name_ends, name_nodes
+from dsmoe_compiler.export.onnx.quantized_matrix import LayerError, quantized
 from dsmoe_compiler.export.onnx.split_form import NotSplit, split_form
 from dsmoe_compiler.ir import decompose
 from dsmoe_compiler.ir.spec import to_text
@@ -40,10 +42,13 @@ class LayerForm:
 
 @dataclass(frozen=True)
 class Made:
-    """The model, and what its layers became, in execution order."""
+    """The model, and what its layers became, in execution order. `errors` are those of the quantised matrices
+    that were written so far.
+    """
 
     model: ir.Model
     layers: tuple[LayerForm, ...]
+    errors: Callable[[], tuple[LayerError, ...]]
 
 
 def make(
@@ -59,47 +64,55 @@ def make(
     """`names` are the layers', by the names of their ops in the graph; `inputs` and `outputs` what the
     graph's are to be called; `metadata` is what the model carries with it, as text.
     """
-    forms = _Forms()
-    opset = _QUANTIZED_OPSET if weights else _OPSET
-    model = carry(exported, opset, names, forms.choose)
-    values = standard.lower(model, forms.names, standard.plain)
+    forms = _Forms(target, weights)
+    matrix, errors = quantized(weights) if weights else (plain, None)
+    model = carry(exported, _QUANTIZED_OPSET if weights else _OPSET, names, forms.choose)
+    called = {layer.number: layer.name for layer in forms.layers}
+    lower_contrib(model, called, weights)
+    values = lower(model, called, matrix)
     model.ir_version = _IR_VERSION
     name_nodes(model.graph)
-    for layer in forms.layers:
-        values[layer.number].name = f"{layer.name}/output".lstrip("/")
+    for number, name in called.items():
+        values[number].name = f"{name}/output".lstrip("/")
     name_ends(model.graph, inputs, outputs)
     name_dimensions(model.graph)
     drop_unused(model.graph)
     NameFixPass()(model)
-    model.producer_name, model.producer_version = "dsmoe_compiler", metadata.get("dsmoe.version", "")
+    model.producer_name = "dsmoe_compiler"
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
-    kinds = zip(forms.layers, forms.made, strict=True)
-    return Made(
-        model,
-        tuple(LayerForm(e.name, form, why, str(values[e.number].name)) for e, (form, why) in kinds),
+    layers = tuple(
+        LayerForm(layer.name, form, remark, str(values[layer.number].name))
+        for layer, (form, remark) in zip(forms.layers, forms.chosen, strict=True)
     )
+    return Made(model, layers, errors.layers if errors else tuple)
 
 
 class _Forms:
-    """Chooses a form for each layer, and remembers which."""
+    """Chooses a form for each layer, and remembers which: "MoE" and why not, if not."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: Target, weights: Weights | None) -> None:
+        self._target, self._weights = target, weights
         self.layers: list[Experts] = []
-        self.made: list[tuple[str, str]] = []
-
-    @property
-    def names(self) -> dict[int, str]:
-        return {e.number: e.name for e in self.layers}
+        self.chosen: list[tuple[str, str]] = []
 
     def choose(self, layer: Experts) -> Form:
+        """The layer's form; those of `target` first, then those that can express anything."""
         self.layers.append(layer)
+        remarks = list[str]()
+        if self._target == "ort":
+            try:
+                form = contrib_form(layer, self._weights)
+                self.chosen.append(("QMoE" if self._weights else "MoE", ""))
+                return form
+            except NotExpressible as e:
+                remarks.append(f"not com.microsoft::MoE: {e}")
         try:
             form = split_form(layer)
+            self.chosen.append(("Split", "; ".join(remarks)))
+            return form
         except NotSplit as e:
-            self.made.append(("gathered weights", str(e)))
-            return lambda x, ids, weights, params: decompose.experts(
-                x, ids, weights, params, to_text(layer.spec)
-            )
-        self.made.append(("Split", ""))
-        return form
+            remarks.append(f"not cut by expert: {e}")
+        self.chosen.append(("gathered weights", "; ".join(remarks)))
+        text = to_text(layer.spec)
+        return lambda x, ids, weights, params: decompose.experts(x, ids, weights, params, text)
