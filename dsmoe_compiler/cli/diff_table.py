@@ -12,7 +12,7 @@ from dsmoe_compiler.cli.memory import readable
 from dsmoe_compiler.cli.paint import console, print_grid, print_lines, reading_width
 from dsmoe_compiler.graph_diff.compare import TOO_MANY, Change, GraphDiff, Tensors
 from dsmoe_compiler.graph_diff.facts import GraphFacts, Layer, Tensor, Value
-from dsmoe_compiler.graph_diff.families import families
+from dsmoe_compiler.graph_diff.families import families, pattern
 from dsmoe_compiler.report.grid import GAP, Column, Grid, Row
 from dsmoe_compiler.report.layer_names import collapse
 from dsmoe_compiler.report.story import INDENT, WHOLE_MODEL
@@ -26,7 +26,7 @@ def print_diff(diff: GraphDiff) -> None:
     width = reading_width(to)
     print_lines(to, _sides(diff), style="bold")
     print_lines(to, textwrap.wrap(_verdict(diff), width), style="bold green" if diff.same else "bold yellow")
-    parts = (_sizes(diff), _operators(diff), _layers(diff, width), _tensors(diff.tensors, width))
+    parts = (_sizes(diff), _operators(diff, width), _layers(diff, width), _tensors(diff.tensors, width))
     for grid in (*parts, _values(diff, width), _properties(diff, width)):
         if grid.rows:
             to.print()
@@ -52,7 +52,8 @@ def _verdict(diff: GraphDiff) -> str:
         return f"they differ in {_listed(_differing(diff))}"
     compared = ["operators", "wiring", "properties"] if diff.operators is not None else []
     compared += ["MoE layers"] if diff.layers is not None else []
-    return f"they are the same in {_listed([*compared, 'tensors', 'inputs', 'outputs'])}"
+    tensors = "tensors' names and types" if diff.tensors.unread else "tensors"
+    return f"they are the same in {_listed([*compared, tensors, 'inputs', 'outputs'])}"
 
 
 def _differing(diff: GraphDiff) -> list[str]:
@@ -61,7 +62,11 @@ def _differing(diff: GraphDiff) -> list[str]:
         "operators": diff.operators,
         "wiring": diff.rewired,
         "MoE layers": diff.layers,
-        "tensors": tensors.added or tensors.removed or tensors.changed or tensors.rewritten,
+        "tensors": tensors.added
+        or tensors.removed
+        or tensors.renamed
+        or tensors.changed
+        or tensors.rewritten,
         "inputs": diff.inputs,
         "outputs": diff.outputs,
         "properties": diff.properties,
@@ -81,11 +86,17 @@ def _sizes(diff: GraphDiff) -> Grid:
         (INDENT[2:] + "in functions", a.size.in_functions, b.size.in_functions, str),
         ("kinds of operators", len(a.operators), len(b.operators), str),
         ("graph", a.size.graph_bytes, b.size.graph_bytes, readable),
+        ("MoE layers", *(None if x.layers is None else len(x.layers) for x in (a, b)), str),
+        ("MoE layers fused", _fused(a), _fused(b), str),
         ("tensors", len(a.tensors), len(b.tensors), str),
         ("data", a.size.data_bytes, b.size.data_bytes, readable),
     ]
     shown = (row for row in rows if row[1] or row[2])
     return Grid(_counted("size"), tuple(Row((name, *_counts(x, y, say))) for name, x, y, say in shown))
+
+
+def _fused(facts: GraphFacts) -> int | None:
+    return None if facts.layers is None else sum(layer.fused for layer in facts.layers)
 
 
 def _counted(title: str) -> tuple[Column, ...]:
@@ -98,19 +109,17 @@ def _counts(a: int | None, b: int | None, say: Callable[[int], str]) -> tuple[st
     return "?" if a is None else say(a), "?" if b is None else say(b), change
 
 
-def _operators(diff: GraphDiff) -> Grid:
+def _operators(diff: GraphDiff, width: int) -> Grid:
     """Those that are applied more or less often, the largest change first."""
     changes = sorted(diff.operators or (), key=lambda c: -abs((c.after or 0) - (c.before or 0)))
-    return Grid(
-        _counted("operator"),
-        tuple(Row((printable(c.name), *_counts(c.before or 0, c.after or 0, str))) for c in changes),
-    )
+    rows = [(c.name, *_counts(c.before or 0, c.after or 0, str)) for c in changes]
+    return _fitted(_counted("operator"), rows, 0, width)
 
 
 def _layers(diff: GraphDiff, width: int) -> Grid:
     """A row for the layers that changed alike, below it what they were and what they are."""
     rows = list[Row]()
-    told = [(printable(c.name), _layer(c.before), _layer(c.after)) for c in diff.layers or ()]
+    told = [(printable(c.name), *_what_changed(c)) for c in diff.layers or ()]
     for (before, after), alike in groupby(sorted(told, key=lambda t: t[1:]), key=lambda t: t[1:]):
         names = [name or WHOLE_MODEL for name, _, _ in alike]
         below = [
@@ -122,6 +131,14 @@ def _layers(diff: GraphDiff, width: int) -> Grid:
         ]
         rows.append(Row((shortened(collapse(names), width - 8), str(len(names))), tuple(below)))
     return Grid((Column("MoE layers"), Column("count", number=True)), tuple(rows))
+
+
+def _what_changed(change: Change[Layer]) -> tuple[str, str]:
+    """A layer before and after; by the whole specs where they read alike."""
+    before, after = _layer(change.before), _layer(change.after)
+    if before == after and change.before is not None and change.after is not None:
+        return printable(change.before.text), printable(change.after.text)
+    return before, after
 
 
 def _layer(layer: Layer | None) -> str:
@@ -138,12 +155,26 @@ def _tensors(tensors: Tensors, width: int) -> Grid:
     rows = [
         *_families("removed", ((t, _type(t), t.bytes) for t in tensors.removed)),
         *_families("added", ((t, _type(t), t.bytes) for t in tensors.added)),
+        *_renamed(tensors.renamed),
         *_families("changed", map(_changed, tensors.changed)),
         *_families("other numbers", ((t, _type(t), t.bytes) for t in tensors.rewritten)),
     ]
     titles = ("tensors", "name", "count", "type", "bytes")
     columns = tuple(Column(title, number=title in ("count", "bytes")) for title in titles)
     return _fitted(columns, rows, 1, width)
+
+
+def _renamed(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[str, ...]]:
+    """Pairs whose names differ in numbers alone by the first of them."""
+    groups = dict[tuple[str, ...], list[tuple[Tensor, Tensor]]]()
+    for before, after in pairs:
+        spelled = (pattern(before.name), pattern(after.name), str(before.type))
+        groups.setdefault(spelled, []).append((before, after))
+    for (_, _, kind), alike in groups.items():
+        before, after = alike[0]
+        size = readable(sum(t.bytes for t, _ in alike))
+        more = ", …" if len(alike) > 1 else ""
+        yield "renamed", f"{before.name} → {after.name}{more}", str(len(alike)), kind, size
 
 
 def _type(tensor: Tensor) -> str:

@@ -7,10 +7,10 @@ inputs, outputs and sizes are compared, and the answer says what is not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-from dsmoe_compiler.graph_diff.content import Content, same_content
+from dsmoe_compiler.graph_diff.content import Content, digest, same_content
 from dsmoe_compiler.graph_diff.facts import GraphFacts, Layer, Tensor, TensorType, Value
 from dsmoe_compiler.graph_diff.layers import natural
 
@@ -56,10 +56,14 @@ class Unread:
 
 @dataclass(frozen=True)
 class Tensors:
-    """`changed` are those of other types, `rewritten` those of the same type with other numbers."""
+    """`changed` are those of other types, `rewritten` those of the same type with other numbers.
+
+    `renamed` are pairs of a removed and an added tensor that alone have the same type and numbers.
+    """
 
     added: tuple[Tensor, ...]
     removed: tuple[Tensor, ...]
+    renamed: tuple[tuple[Tensor, Tensor], ...]
     changed: tuple[Change[Tensor], ...]
     rewritten: tuple[Tensor, ...]
     same: int
@@ -86,7 +90,7 @@ class GraphDiff:
         """Whether nothing differs of what was compared."""
         tensors = self.tensors
         parts = (self.operators, self.layers, self.inputs, self.outputs, self.properties)
-        changed = (tensors.added, tensors.removed, tensors.changed, tensors.rewritten)
+        changed = (tensors.added, tensors.removed, tensors.renamed, tensors.changed, tensors.rewritten)
         return not any((*parts, *changed, self.rewired))
 
 
@@ -191,45 +195,91 @@ def _tensors(a: Iterable[Tensor], b: Iterable[Tensor], most_bytes: int | None) -
     before, after = _by_name(a), _by_name(b)
     both = sorted((name for name in before if name in after), key=natural)
     alike = [name for name in both if before[name] == after[name]]
-    rewritten, unread = _contents([(before[name], after[name]) for name in alike], most_bytes)
+    reading = _Reading(most_bytes)
+    rewritten = reading.rewritten((before[name], after[name]) for name in alike)
+    removed = [t for name, t in before.items() if name not in after]
+    added = [t for name, t in after.items() if name not in before]
+    renamed = reading.renamed(removed, added)
+    known = {id(t) for pair in renamed for t in pair}
     return Tensors(
-        _ordered(t for name, t in after.items() if name not in before),
-        _ordered(t for name, t in before.items() if name not in after),
+        _ordered(t for t in added if id(t) not in known),
+        _ordered(t for t in removed if id(t) not in known),
+        tuple(sorted(renamed, key=lambda pair: natural(pair[0].name))),
         tuple(Change(name, before[name], after[name]) for name in both if before[name] != after[name]),
         _ordered(rewritten),
         len(alike) - len(rewritten),
-        unread,
+        tuple(reading.unread.values()),
     )
-
-
-def _available(content: Content | None) -> bool:
-    return content is not None and content.available
 
 
 def _ordered(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(sorted(tensors, key=lambda t: natural(t.name)))
 
 
-def _contents(
-    pairs: Iterable[tuple[Tensor, Tensor]], most_bytes: int | None
-) -> tuple[list[Tensor], tuple[Unread, ...]]:
-    """Those with other numbers, and those of which nobody knows."""
-    rewritten, left, unread = list[Tensor](), most_bytes, dict[str, Unread]()
-    for x, y in sorted(pairs, key=lambda pair: (pair[0].bytes, natural(pair[0].name))):
-        if x.content is not None and x.content == y.content:
-            continue
-        if missing := [
-            side for side, content in (("A", x.content), ("B", y.content)) if not _available(content)
-        ]:
-            why = f"{missing[0]} has none" if len(missing) == 1 else "neither has any"
-        elif left is not None and x.bytes > left:
-            why = TOO_MANY
-        else:
-            assert x.content is not None and y.content is not None
-            left = None if left is None else left - x.bytes
-            if not same_content(x.content, y.content):
-                rewritten.append(y)
-            continue
-        known = unread.get(why, Unread(0, 0, why))
-        unread[why] = replace(known, count=known.count + 1, bytes=known.bytes + x.bytes)
-    return rewritten, tuple(unread.values())
+@dataclass
+class _Reading:
+    """Reads tensors' numbers while `left` bytes a side are not used up; None: no matter how many."""
+
+    left: int | None
+    unread: dict[str, Unread] = field(default_factory=dict)
+
+    def rewritten(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Of pairs of one type, those with other numbers; what is not read is noted."""
+        found = list[Tensor]()
+        for x, y in sorted(pairs, key=lambda pair: (pair[0].bytes, natural(pair[0].name))):
+            if x.content is not None and x.content == y.content:
+                continue
+            if not _available(x.content) or not _available(y.content):
+                sides = [side for side, t in (("A", x), ("B", y)) if not _available(t.content)]
+                self._leave(x, f"{sides[0]} has none" if len(sides) == 1 else "neither has any")
+            elif not self._take(x.bytes):
+                self._leave(x, TOO_MANY)
+            elif not same_content(_there(x), _there(y)):
+                found.append(y)
+        return found
+
+    def renamed(self, removed: Sequence[Tensor], added: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Pairs that are alike, and like no third."""
+        types = [{(t.type, t.bytes) for t in side if _available(t.content)} for side in (removed, added)]
+        pairs = list[tuple[Tensor, Tensor]]()
+        for kind in sorted(types[0] & types[1], key=lambda kind: (kind[1], str(kind[0]))):
+            before, after = (
+                [t for t in side if (t.type, t.bytes) == kind and _available(t.content)]
+                for side in (removed, added)
+            )
+            if self._take(kind[1] * max(len(before), len(after))):
+                olds, news = _by_digest(before), _by_digest(after)
+                pairs += [
+                    (olds[key][0], news[key][0])
+                    for key in olds
+                    if len(olds[key]) == 1 and len(news.get(key, ())) == 1
+                ]
+        return pairs
+
+    def _take(self, size: int) -> bool:
+        """Whether as many bytes may be read; they are then used up."""
+        if self.left is None:
+            return True
+        enough = size <= self.left
+        self.left -= size if enough else 0
+        return enough
+
+    def _leave(self, tensor: Tensor, why: str) -> None:
+        known = self.unread.get(why, Unread(0, 0, why))
+        self.unread[why] = replace(known, count=known.count + 1, bytes=known.bytes + tensor.bytes)
+
+
+def _by_digest(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    found = dict[str, list[Tensor]]()
+    for t in tensors:
+        found.setdefault(digest(_there(t)), []).append(t)
+    return found
+
+
+def _available(content: Content | None) -> bool:
+    return content is not None and content.available
+
+
+def _there(tensor: Tensor) -> Content:
+    assert tensor.content is not None
+    return tensor.content

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from os.path import isfile
 from pathlib import Path
 from typing import Protocol
@@ -71,8 +73,17 @@ def same_content(a: Content, b: Content) -> bool:
         return True
     if a.size != b.size:
         return False
-    starts = range(0, a.size, _PIECE)
-    return all(
-        a.read(start, min(start + _PIECE, a.size)) == b.read(start, min(start + _PIECE, a.size))
-        for start in starts
-    )
+    return all(x == y for x, y in zip(_pieces(a), _pieces(b), strict=True))
+
+
+def digest(content: Content) -> str:
+    """Equal for equal bytes, and for no others. Raises OSError."""
+    running = sha256()
+    for piece in _pieces(content):
+        running.update(piece)
+    return running.hexdigest()
+
+
+def _pieces(content: Content) -> Iterator[bytes]:
+    for start in range(0, content.size, _PIECE):
+        yield content.read(start, min(start + _PIECE, content.size))

@@ -30,6 +30,11 @@ def families(names: Iterable[str]) -> list[Family]:
     return sorted(folded, key=lambda family: natural(family.text))
 
 
+def pattern(name: str) -> str:
+    """The name without its numbers: equal for names of one family."""
+    return _NUMBER.sub("#", name)
+
+
 def _boxes(found: set[tuple[int, ...]]) -> list[tuple[frozenset[int], ...]]:
     """Tuples of numbers as products of sets: places are joined one after the other, the last one first."""
     boxes = {tuple(frozenset({number}) for number in numbers) for numbers in found}

@@ -26,7 +26,7 @@ def in_order(layers: Iterable[Layer]) -> tuple[Layer, ...]:
     return tuple(sorted(layers, key=lambda layer: natural(layer.name)))
 
 
-def natural(name: str) -> tuple[tuple[int, str], ...]:
-    """A key that sorts numbers in names by what they are worth."""
+def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """A key that sorts numbers in names by what they are worth, before words."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    return tuple((int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts)
+    return tuple((False, int(part), "") if part[0] in "0123456789" else (True, 0, part) for part in parts)

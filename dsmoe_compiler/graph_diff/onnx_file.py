@@ -23,7 +23,7 @@ def onnx_facts(path: Path) -> GraphFacts:
     tensors = [reader.read(name, tensor) for name, tensor in nodes.tensors]
     tensors += [reader.read_sparse(name, sparse) for name, sparse in nodes.sparse]
     initialized = {name for name, _ in (*nodes.tensors, *nodes.sparse)}
-    metadata = {each.key: each.value for each in model.metadata_props}
+    metadata = {str(each.key): str(each.value) for each in model.metadata_props}
     return GraphFacts(
         source=str(path),
         form="ONNX file",
@@ -39,7 +39,7 @@ def onnx_facts(path: Path) -> GraphFacts:
         wiring=tuple(nodes.lines),
         tensors=tuple(tensors),
         # Up to version 3 of the format, initializers are inputs as well.
-        inputs=tuple(map(_value, (each for each in model.graph.input if each.name not in initialized))),
+        inputs=tuple(map(_value, (each for each in model.graph.input if str(each.name) not in initialized))),
         outputs=tuple(map(_value, model.graph.output)),
         layers=_layers(metadata),
         properties=dict(_properties(model, metadata)),
@@ -48,16 +48,16 @@ def onnx_facts(path: Path) -> GraphFacts:
 
 
 def _value(info: Any) -> Value:
-    kind = info.type.WhichOneof("value")
+    kind, name = info.type.WhichOneof("value"), str(info.name)
     if kind != "tensor_type":
-        return Value(info.name, TensorType(kind.removesuffix("_type") if kind else None, None))
+        return Value(name, TensorType(kind.removesuffix("_type") if kind else None, None))
     tensor = info.type.tensor_type
     shape = tuple(map(_size, tensor.shape.dim)) if tensor.HasField("shape") else None
-    return Value(info.name, TensorType(dtype_name(tensor.elem_type), shape))
+    return Value(name, TensorType(dtype_name(tensor.elem_type), shape))
 
 
 def _size(dimension: Any) -> int | str:
-    return dimension.dim_value if dimension.HasField("dim_value") else dimension.dim_param or "?"
+    return dimension.dim_value if dimension.HasField("dim_value") else str(dimension.dim_param) or "?"
 
 
 def _layers(metadata: dict[str, str]) -> tuple[Layer, ...] | None:
@@ -78,7 +78,9 @@ def _layer(name: str, text: str) -> Layer:
 
 def _properties(model: Any, metadata: dict[str, str]) -> Iterator[tuple[str, str]]:
     yield "IR version", str(model.ir_version)
-    for domain, version in sorted((each.domain or "ai.onnx", each.version) for each in model.opset_import):
+    for domain, version in sorted(
+        (str(each.domain) or "ai.onnx", each.version) for each in model.opset_import
+    ):
         yield f"opset {domain}", str(version)
     yield "producer", f"{model.producer_name} {model.producer_version}".strip()
     yield from ((key, value) for key, value in sorted(metadata.items()) if not key.startswith(_LAYER))

@@ -4,6 +4,8 @@ A value that is computed goes by its number, so that two models that compute the
 the same, however their values are called:
 
     %3 = Gemm(%x, @w, @b) {transB=1}
+
+Names that are no UTF-8 come from protobuf as bytes: they are told as Python writes these.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Nodes:
         found._graph(model.graph, ChainMap(), "", 0)
         for function in sorted(model.functions, key=_function_key):
             before = found.operators.total()
-            formals = ", ".join([*function.input, *function.attribute])
+            formals = ", ".join(map(str, (*function.input, *function.attribute)))
             found.lines.append(f"function {_qualified(function.domain, function.name)}({formals})")
             names = ChainMap({name: f"%{name}" for name in function.input})
             found._nodes(function.node, names, f"{function.name}/", 1)
@@ -55,10 +57,10 @@ class Nodes:
     def _graph(self, graph: Any, outer: Names, path: str, depth: int) -> None:
         names = outer.new_child({value.name: f"%{value.name}" for value in graph.input})
         for tensor in graph.initializer:
-            self.tensors.append((path + tensor.name, tensor))
+            self.tensors.append((f"{path}{tensor.name}", tensor))
             names[tensor.name] = f"@{tensor.name}"
         for sparse in graph.sparse_initializer:
-            self.sparse.append((path + sparse.values.name, sparse))
+            self.sparse.append((f"{path}{sparse.values.name}", sparse))
             names[sparse.values.name] = f"@{sparse.values.name}"
         self._nodes(graph.node, names, path, depth)
         self._yield((value.name for value in graph.output), names, depth)
@@ -81,7 +83,7 @@ class Nodes:
 
     def _inner(self, node: Any, attribute: Any, names: Names, path: str, depth: int) -> None:
         """Graphs among a node's attributes, and tensors whose data lies elsewhere."""
-        inside = f"{path}{node.name or ','.join(node.output)}"
+        inside = f"{path}{node.name or ','.join(map(str, node.output))}"
         for tensor in filter(_is_external, (attribute.t, *attribute.tensors)):
             self.tensors.append((inside, tensor))
         for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
@@ -97,11 +99,11 @@ class Nodes:
 
 
 def _function_key(function: Any) -> tuple[str, str, str]:
-    return function.domain, function.name, function.overload
+    return str(function.domain), str(function.name), str(function.overload)
 
 
 def _qualified(domain: str, name: str) -> str:
-    return name if domain in ("", "ai.onnx") else f"{domain}::{name}"
+    return str(name) if domain in ("", "ai.onnx") else f"{domain}::{name}"
 
 
 def _is_external(tensor: Any) -> bool:

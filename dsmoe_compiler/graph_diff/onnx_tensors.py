@@ -101,7 +101,7 @@ class TensorReader:
         return Tensor(name, kind, values.bytes + indices.bytes, content)
 
     def _external(self, name: str, tensor: Any) -> tuple[int, Content | None]:
-        said = {entry.key: entry.value for entry in tensor.external_data}
+        said = {str(entry.key): str(entry.value) for entry in tensor.external_data}
         location = said.get("location", "")
         offset = self._number(name, "offset", said.get("offset", "0"))
         length = self._number(name, "length", said.get("length") or str(_expected_bytes(tensor)))

@@ -25,6 +25,7 @@ def as_record(diff: GraphDiff) -> dict[str, Any]:
         "tensors": {
             "added": list(map(_tensor, tensors.added)),
             "removed": list(map(_tensor, tensors.removed)),
+            "renamed": [{"a": _tensor(x), "b": _tensor(y)} for x, y in tensors.renamed],
             "changed": [_change(c) for c in tensors.changed],
             "rewritten": list(map(_tensor, tensors.rewritten)),
             "same": tensors.same,
