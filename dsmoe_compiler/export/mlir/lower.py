@@ -13,9 +13,9 @@ from torch_mlir.extras.fx_importer import FxImporter
 from torch_mlir.ir import Context, MLIRError, Module
 from torch_mlir.passmanager import PassManager
 
-from dsmoe_compiler.export.mlir.rank_topk import rank_topk
+from dsmoe_compiler.export.mlir.comparisons import match_scatter, rank_topk
 from dsmoe_compiler.export.mlir.reshapes import spell_reshapes
-from dsmoe_compiler.export.mlir.sizes import settle_sizes
+from dsmoe_compiler.export.mlir.sizes import require_integers, settle_sizes
 from dsmoe_compiler.export.mlir.weights import NamedWeights
 from dsmoe_compiler.ir.decompose import DECOMPOSITIONS
 from dsmoe_compiler.ir.errors import InputError
@@ -23,6 +23,12 @@ from dsmoe_compiler.quiet import silenced
 from dsmoe_compiler.turns import turn
 
 Decompositions = Mapping[torch._ops.OpOverload, Callable[..., object]]
+
+_FOR_LINALG: Decompositions = {
+    torch.ops.aten.topk.default: rank_topk,
+    torch.ops.aten.scatter.value: match_scatter,
+    **DECOMPOSITIONS,
+}
 
 # torch-mlir's own pipelines (its fx.py), but for the operators that `spell_reshapes` spells reshapes in: left
 # as they are until they become tensor.collapse_shape and tensor.expand_shape.
@@ -35,17 +41,28 @@ _TO_LINALG = (
 
 def in_torch(exported: ExportedProgram) -> Module:
     """The program in torch-mlir's dialect, as it was captured and fused; `exported` is left as it was."""
-    # Without a table torch still makes it functional, which is all that the importer knows.
-    program = _decomposed(exported, {})
-    return _passed(_imported(program, symbols=True), ("cse",))
+    context = _context()
+    # Only what the dialect has no operator for. (torch also makes the program functional.)
+    table = {op: how for op, how in get_decomposition_table().items() if not _knows(context, op)}
+    return _passed(_imported(_decomposed(exported, table), context, symbols=True), ("cse",))
 
 
 def in_linalg(exported: ExportedProgram) -> Module:
     """The program in linalg on tensors; `exported` is left as it was."""
-    table = {**get_decomposition_table(), torch.ops.aten.topk.default: rank_topk, **DECOMPOSITIONS}
-    program = _decomposed(exported, table)
+    program = _decomposed(exported, {**get_decomposition_table(), **_FOR_LINALG})
     spell_reshapes(program.graph)
-    return _passed(_imported(program, symbols=False), _TO_LINALG)
+    return _passed(_imported(program, _context(), symbols=False), _TO_LINALG)
+
+
+def _context() -> Context:
+    context = Context()
+    register_dialect(context)
+    return context
+
+
+def _knows(context: Context, op: torch._ops.OpOverload) -> bool:
+    name = ".".join(["torch", *op._schema.name.split("::"), op._schema.overload_name])
+    return bool(context.is_registered_operation(name.removesuffix(".")))
 
 
 def _decomposed(exported: ExportedProgram, table: Decompositions) -> ExportedProgram:
@@ -53,13 +70,12 @@ def _decomposed(exported: ExportedProgram, table: Decompositions) -> ExportedPro
         warnings.simplefilter("ignore")  # torch's, about itself
         program: ExportedProgram = exported.run_decompositions(dict(table))
     settle_sizes(program.graph)
+    require_integers(program.graph)
     return program
 
 
-def _imported(program: ExportedProgram, *, symbols: bool) -> Module:
-    """The program as it stands; `symbols` are the names of sizes, which passes do not take."""
-    context = Context()
-    register_dialect(context)
+def _imported(program: ExportedProgram, context: Context, *, symbols: bool) -> Module:
+    """The program as it stands; `symbols` are the names of sizes, which the lowering does not take."""
     importer = FxImporter(context=context, hooks=NamedWeights(program))
     try:
         # Of torch-mlir's two entries this one binds weights to nodes. The other puts tensors into the nodes'

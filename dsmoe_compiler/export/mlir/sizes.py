@@ -1,10 +1,12 @@
-"""Sizes that tracing found to be one number, said as that number."""
+"""The sizes in a graph, as torch-mlir can take them."""
 
 from __future__ import annotations
 
 import torch
-from torch import SymInt
+from torch import SymFloat, SymInt
 from torch.fx import Graph
+
+from dsmoe_compiler.ir.errors import InputError
 
 
 def settle_sizes(graph: Graph) -> None:
@@ -20,6 +22,18 @@ def settle_sizes(graph: Graph) -> None:
             shape, stride = map(_settled, value.shape), map(_settled, value.stride())
             node.meta["val"] = value.new_empty_strided(tuple(shape), tuple(stride))
             node.meta.pop("tensor_meta", None)  # torch-mlir would look there first
+
+
+def require_integers(graph: Graph) -> None:
+    """Raises InputError where a size is computed in floating point, as a capacity of 1.25 · T / E tokens is:
+    torch-mlir's importer has no words for that.
+    """
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), SymFloat):
+            raise InputError(
+                f"the program computes a size in floating point (%{node.name}), which torch-mlir cannot "
+                "express; compile it with dynamic_shapes=None, for one size"
+            )
 
 
 def _is_settled(size: int | SymInt) -> bool:

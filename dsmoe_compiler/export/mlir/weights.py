@@ -55,6 +55,6 @@ class NamedWeights(FxImporterHooks):  # type: ignore[misc]
     ) -> None:
         """Called for a buffer that the program writes to: raises InputError."""
         raise InputError(
-            f"{info.input_spec.target}: the program writes to this buffer, which MLIR made of it cannot; give a "
-            "model that does not (in eval mode)"
+            f"{info.input_spec.target}: the program writes to this buffer, which a function in MLIR cannot; "
+            "give a model that does not (in eval mode)"
         )
