@@ -6,9 +6,9 @@ after:
     y = MatMul(rows, DequantizeLinear(codes, scale[, zero point], axis=0, block_size=32))
 
 DequantizeLinear takes blocks from opset 21 on. Stored like this, (in, out) with blocks along the inputs and a
-node a product, onnxruntime runs both nodes as one MatMulNBits that reads the whole numbers. It rounds the
-rows' numbers to 8 bits too, 32 at a time; a session with `session.qdq_matmulnbits_accuracy_level` "1" does
-not, and is several times slower.
+node a product, onnxruntime runs both nodes as one MatMulNBits that reads the whole numbers (8-bit ones from
+version 1.25 on; before, it dequantises at every call). It rounds the rows' numbers to 8 bits too, 32 at a
+time; a session with `session.qdq_matmulnbits_accuracy_level` "1" does not, and is several times slower.
 """
 
 from __future__ import annotations
