@@ -11,6 +11,7 @@ from dsmoe_compiler.cli.demo import demo
 from dsmoe_compiler.cli.diff import diff
 from dsmoe_compiler.cli.exit_status import OneLineErrors
 from dsmoe_compiler.cli.explain import explain
+from dsmoe_compiler.cli.export import export
 from dsmoe_compiler.cli.inspect import inspect_model
 from dsmoe_compiler.cli.kernels import kernels
 from dsmoe_compiler.cli.models import models
@@ -20,7 +21,7 @@ from dsmoe_compiler.cli.opt import opt
 @click.group(
     "dsmoe",
     cls=OneLineErrors,
-    commands=[inspect_model, explain, compile_model, opt, diff, kernels, cost, bench, models, demo],
+    commands=[inspect_model, explain, compile_model, export, opt, diff, kernels, cost, bench, models, demo],
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from dsmoe_compiler.cli.quiet import debugging
-from dsmoe_compiler.ir.errors import CaptureError, DsmoeError, InputError, NotFused
+from dsmoe_compiler.ir.errors import CaptureError, DsmoeError, ExportError, InputError, NotFused
 
 REFUSED, WRONG_INPUT, INTERNAL, INTERRUPTED = 1, 2, 70, 130
 CLOSED_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
@@ -62,7 +62,7 @@ class OneLineErrors(click.Group):
 def _explain(error: Exception) -> tuple[int, str]:
     """The exit status and the line for an exception."""
     match error:
-        case NotFused():
+        case NotFused() | ExportError():
             return REFUSED, _one_line(error)
         case InputError() | CaptureError():
             return WRONG_INPUT, _one_line(error)

@@ -10,8 +10,13 @@ from dsmoe_compiler.ir.errors import InputError
 
 def require_writable(path: Path) -> None:
     """Raise InputError unless a `.pt2` file can be written at `path`. Leaves nothing there."""
-    if path.suffix != ".pt2":
-        raise InputError(f"cannot write {path}: a compiled program's name ends in .pt2")
+    require_place(path, ".pt2", "a compiled program")
+
+
+def require_place(path: Path, suffix: str, what: str) -> None:
+    """Raise InputError unless a file whose name ends in `suffix` can be written at `path`."""
+    if path.suffix != suffix:
+        raise InputError(f"cannot write {path}: {what}'s name ends in {suffix}")
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; name a file in it")
     _require_open_folder(path)
