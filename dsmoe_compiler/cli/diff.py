@@ -51,7 +51,8 @@ def diff(
     """
     with stages() as stage:
         both = sides(first, second, inputs, stage)
-        from dsmoe_compiler.graph_diff.compare import USUAL_BYTES, compare
+        from dsmoe_compiler.graph_diff.compare import compare
+        from dsmoe_compiler.graph_diff.tensor_changes import USUAL_BYTES
 
         stage("compare")
         found = compare(both.a, both.b, None if all_contents else USUAL_BYTES)

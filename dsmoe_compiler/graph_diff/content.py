@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 _PIECE = 4 << 20  # bytes compared at a time: tensors that differ mostly do so in the first
+_UNSIGNED = {array(code).itemsize: code for code in "BHIQ"}  # by bytes
 
 
 class Content(Protocol):
@@ -74,6 +76,24 @@ def same_content(a: Content, b: Content) -> bool:
     if a.size != b.size:
         return False
     return all(x == y for x, y in zip(_pieces(a), _pieces(b), strict=True))
+
+
+def same_turned(a: Content, b: Content, rows: int, columns: int) -> bool:
+    """Whether a matrix of rows × columns and one of columns × rows are each other's transposes.
+
+    The elements are of 1, 2, 4 or 8 bytes; a matrix without any is nobody's transpose. Raises OSError.
+    """
+    itemsize = a.size // (rows * columns) if rows * columns else 0
+    code = _UNSIGNED.get(itemsize)
+    if code is None or itemsize * rows * columns != a.size or a.size != b.size:
+        return False
+    numbers, length = array(code, a.read(0, a.size)), rows * itemsize
+    step = max(1, _PIECE // length)
+    return all(
+        b.read(at * length, min(at + step, columns) * length)
+        == b"".join(numbers[i::columns].tobytes() for i in range(at, min(at + step, columns)))
+        for at in range(0, columns, step)
+    )
 
 
 def digest(content: Content) -> str:

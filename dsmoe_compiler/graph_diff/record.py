@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from dsmoe_compiler.graph_diff.compare import Change, GraphDiff
+from dsmoe_compiler.graph_diff.change import Change
+from dsmoe_compiler.graph_diff.compare import GraphDiff
 from dsmoe_compiler.graph_diff.facts import GraphFacts, Layer, Tensor, TensorType, Value
 
 
@@ -27,6 +28,7 @@ def as_record(diff: GraphDiff) -> dict[str, Any]:
             "removed": list(map(_tensor, tensors.removed)),
             "renamed": [{"a": _tensor(x), "b": _tensor(y)} for x, y in tensors.renamed],
             "changed": [_change(c) for c in tensors.changed],
+            "turned": [_change(c) for c in tensors.turned],
             "rewritten": list(map(_tensor, tensors.rewritten)),
             "same": tensors.same,
             "unread": [asdict(each) for each in tensors.unread],

@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_compiler.graph_diff.compare import (
-    TOO_MANY,
-    USUAL_BYTES,
-    Change,
-    GraphDiff,
-    Rewired,
-    Unread,
-    compare,
-)
+from dsmoe_compiler.graph_diff.change import Change
+from dsmoe_compiler.graph_diff.compare import GraphDiff, Rewired, compare
 from dsmoe_compiler.graph_diff.content import Content, Held, InFile, digest, same_content
 from dsmoe_compiler.graph_diff.facts import GraphFacts, Layer, Size, Tensor, TensorType, Value
+from dsmoe_compiler.graph_diff.tensor_changes import TOO_MANY, USUAL_BYTES, Unread
 
 ROW = TensorType("f32", ("s0", 4))
 BASE = GraphFacts(
