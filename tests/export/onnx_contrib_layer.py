@@ -24,6 +24,7 @@ from dsmoe_compiler.export.onnx.carry import carry
 from dsmoe_compiler.export.onnx.contrib_ffn import NotExpressible
 from dsmoe_compiler.export.onnx.initializers import drop_unused
 from dsmoe_compiler.export.onnx.layer import Experts, Form
+from dsmoe_compiler.export.onnx.quantized_matrix import Weights
 from dsmoe_compiler.export.onnx.routing import Routing
 from dsmoe_compiler.ir import ops
 from dsmoe_compiler.ir.body import parse_body
@@ -76,8 +77,7 @@ def exported_to_ort(
     module: nn.Module,
     args: Sequence[Tensor],
     routing: Routing | None = KNOWN,
-    weights: contrib.Weights = None,
-    opset: int = 20,
+    weights: Weights | None = None,
 ) -> onnx.ModelProto:
     """The module as a model, its layers as onnxruntime's nodes; T is dynamic. `routing` is taken for granted;
     None: what the graph shows.
@@ -91,7 +91,7 @@ def exported_to_ort(
         known = experts if routing is None else replace(experts, routing=routing)
         return contrib.contrib_form(known, weights)
 
-    model = carry(exported, opset, {}, choose)
+    model = carry(exported, 21 if weights else 20, {}, choose)
     contrib.lower_contrib(model, seen, weights)
     lower.lower(model, seen, lower.plain)
     model.ir_version = 10
@@ -102,10 +102,11 @@ def exported_to_ort(
     return proto
 
 
-def why_not(module: nn.Module, args: Sequence[Tensor], routing: Routing = KNOWN) -> str:
+def why_not(layer: Layer, slots: int = K, routing: Routing = KNOWN, weights: Weights | None = None) -> str:
     """What is said of a layer that no kernel computes."""
+    params = tuple(p.detach() for p in layer.params)
     try:
-        exported_to_ort(module, args, routing)
+        contrib.contrib_form(Experts(0, "layer", layer.spec, routing, slots, params), weights)
     except NotExpressible as e:
         return str(e)
     raise AssertionError("a kernel computes it")

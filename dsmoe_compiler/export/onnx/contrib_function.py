@@ -1,23 +1,27 @@
-"""What `com.microsoft::MoE` computes, as a function of standard operators that travels in the model.
+"""What `com.microsoft::MoE` and `QMoE` compute: functions of standard operators that travel in the model.
 
-onnxruntime runs its own kernel; whatever has none (`onnx.reference`, any runtime after onnx's inliner) runs
-this: it runs every expert on every token, and weighs those that a token does not choose by 0.
-Shapes: x (T, D), router_probs (T, E), fc1 (E, 2·F or F, D), b1 (E, 2·F or F), fc2 (E, D, F), b2 (E, D).
+onnxruntime runs its own kernels; whatever has none (`onnx.reference`, any runtime after onnx's inliner)
+runs these: every expert on every token, weighed by 0 where the token did not choose it. A function is made
+for the nodes of one model: of the operator's inputs it reads those that they have.
+Shapes: x (T, D), router_probs (T, E), fc1 (E, 2·F or F, D), b1 (E, 2·F or F), fc2 (E, D, F), b2 (E, D);
+codes, scales and zero points as in `contrib_quantized`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import onnx
 import onnx_ir as ir
 
+from dsmoe_compiler.export.onnx.quantize import Blockwise
+
 _TEXT = """
 <domain: "com.microsoft", opset_import: ["": {opset}]>
-MoE <k: int = 1, activation_type: string = "relu", activation_alpha: float = 1.0,
+{name} <k: int = 1, activation_type: string = "relu", activation_alpha: float = 1.0,
      activation_beta: float = 0.0, swiglu_limit: float = 3.4e38, swiglu_fusion: int = 1,
-     normalize_routing_weights: int = 1, use_sparse_mixer: int = 0>
-({inputs}) => (y)
+     normalize_routing_weights: int = 1, use_sparse_mixer: int = 0{more}>
+(x, router_probs, {inputs}) => (y)
 {{
     zero = Constant <value_float: float = 0.0> ()
     zeroth = Constant <value_ints: ints = [0]> ()
@@ -41,7 +45,8 @@ MoE <k: int = 1, activation_type: string = "relu", activation_alpha: float = 1.0
     weights = Transpose <perm: ints = [1, 0]> (weights_TE)
 
     start = Mul (x, zero)
-    y = Scan <num_scan_inputs: int = {scanned}, body: graph = expert (sum, weight, {each}) => (next) {{
+    y = Scan <num_scan_inputs: int = {scanned}, body: graph = expert (sum, weight, {each}) => (next)
+    {{{weights}
         h = Gemm <transB: int = 1> (x, {fc1})
 {activation}
         out = Gemm <transB: int = 1> ({row}, {fc2})
@@ -51,6 +56,7 @@ MoE <k: int = 1, activation_type: string = "relu", activation_alpha: float = 1.0
     }}> (start, weights, {params})
 }}
 """
+_QUANTIZED_ATTRIBUTES = ", expert_weight_bits: int = 4, block_size: int = 32, accuracy_level: int = 0"
 # Each names its result after itself.
 _ACTIVATIONS = {
     "swiglu": """
@@ -73,30 +79,84 @@ _ACTIVATIONS = {
 }
 
 
-def moe_function(opset: int, activations: Sequence[str], *, biased: tuple[bool, bool]) -> ir.Function:
-    """The function for nodes of these activations whose first and second products have biases or not: a
-    function has all of its inputs.
+# Unsigned numbers of 8 bits, or of 4 bits two a byte, in float32.
+_NUMBERS = {
+    8: """
+        {to} = Cast <to: int = 1> ({of})""",
+    4: """
+        {of}_mask = Constant <value: tensor = uint8 {{15}}> ()
+        {of}_four = Constant <value: tensor = uint8 {{4}}> ()
+        {of}_low = BitwiseAnd ({of}, {of}_mask)
+        {of}_high = BitShift <direction: string = "RIGHT"> ({of}, {of}_four)
+        {of}_lows = Unsqueeze ({of}_low, last)
+        {of}_highs = Unsqueeze ({of}_high, last)
+        {of}_pairs = Concat <axis: int = 2> ({of}_lows, {of}_highs)
+        {of}_rows = Constant <value_ints: ints = [0, -1]> ()
+        {of}_flat = Reshape ({of}_pairs, {of}_rows)
+        {to} = Cast <to: int = 1> ({of}_flat)""",
+}
+_MATRIX = """{numbers}
+        blocked{i} = Constant <value_ints: ints = [0, -1, {block}]> ()
+        flat{i} = Constant <value_ints: ints = [0, -1]> ()
+        blocks{i} = Reshape (numbers{i}, blocked{i}){middle}
+        centred{i} = Sub (blocks{i}, middle{i})
+        scales{i} = Unsqueeze (s{i}_e, last)
+        matrix{i} = Mul (centred{i}, scales{i})
+        w{i} = Reshape (matrix{i}, flat{i})"""
+_MIDDLE = """
+        middle{i} = Constant <value_float: float = {middle}> ()"""
+_ZEROS = """{numbers}
+        shape{i} = Shape (s{i}_e)
+        count{i} = Gather (shape{i}, first)
+        kept{i} = Slice (zeros{i}, zeroth, count{i}, first)
+        middle{i} = Unsqueeze (kept{i}, last)"""
+
+
+def moe_function(
+    opset: int,
+    activations: Sequence[str],
+    inputs: Sequence[str],
+    unread: Container[str],
+    form: Blockwise | None,
+) -> ir.Function:
+    """The function for nodes of these activations. `inputs` are the operator's after router_probs, of which
+    nodes leave out those in `unread`; with a `form` it is QMoE, of codes in that form.
     """
-    inputs = ["fc1", *["b1"][: biased[0]], "fc2", *["b2"][: biased[1]]]
-    chosen, row = _chosen(activations)
+    read = [name for name in inputs if name not in unread]
+    activation, row = _chosen(activations)
+    matrix = "fc{}_e" if form is None else "w{}"
+    first, second = (matrix.format(i) + (f", b{i}_e" if f"b{i}" in read else "") for i in (1, 2))
     proto = onnx.parser.parse_function(
         _TEXT.format(
+            name="MoE" if form is None else "QMoE",
             opset=opset,
-            inputs=", ".join(["x", "router_probs", "fc1", "b1" if biased[0] else "no_b1", "fc2"])
-            + (", b2" if biased[1] else ""),
+            more="" if form is None else _QUANTIZED_ATTRIBUTES,
+            inputs=", ".join(inputs),
             names=_names(activations),
-            scanned=1 + len(inputs),
-            each=", ".join(f"{name}_e" for name in inputs),
-            params=", ".join(inputs),
-            fc1="fc1_e, b1_e" if biased[0] else "fc1_e",
-            fc2="fc2_e, b2_e" if biased[1] else "fc2_e",
-            activation=chosen,
+            scanned=1 + len(read),
+            each=", ".join(f"{name}_e" for name in read),
+            params=", ".join(read),
+            weights="" if form is None else "".join(_matrix(i, form) for i in (1, 2)),
+            fc1=first,
+            fc2=second,
+            activation=activation,
             row=row,
         )
     )
     function = ir.from_proto(proto)
     assert isinstance(function, ir.Function)
     return function
+
+
+def _matrix(product: int, form: Blockwise) -> str:
+    """The text that makes w1 or w2 of an expert's whole numbers."""
+    if form.symmetric:
+        middle = _MIDDLE.format(i=product, middle=float(1 << form.bits - 1))
+    else:
+        zeros = _NUMBERS[form.bits].format(of=f"z{product}_e", to=f"zeros{product}")
+        middle = _ZEROS.format(i=product, numbers=zeros)
+    numbers = _NUMBERS[form.bits].format(of=f"fc{product}_e", to=f"numbers{product}")
+    return _MATRIX.format(i=product, numbers=numbers, block=form.block, middle=middle)
 
 
 def _names(activations: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dsmoe_compiler.export.onnx.build import Array, Builder
-from dsmoe_compiler.export.onnx.stacks import Stack, stack_of
+from dsmoe_compiler.export.onnx.stacks import stack_of
 
 
 @dataclass(frozen=True)
@@ -42,37 +42,50 @@ class Part:
         return [experts, self.count, *shape[:-1]] if self.transposed else [experts, self.count, *shape[1:]]
 
 
-def interleaved(to: Builder, name: str, parts: Sequence[Part]) -> ir.Value:
-    """The parts' rows in turn, (E, parts · count, …): an initializer called `name`, read an expert at a time
-    when it is written, or nodes where a part is computed.
-    """
-    experts, count, *rest = parts[0].shape
-    shape = [experts, count * len(parts), *rest]
-    stacks = [stack for part in parts if (stack := stack_of(part.value)) is not None]
-    if len(stacks) < len(parts):
-        return _computed(to, parts, shape)
-    return to.weight(name, shape, stacks[0].dtype, _reader(shape, stacks, parts))
+class Rows:
+    """The parts' rows in turn: (E, parts · count, …), kept in memory by nobody."""
 
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self.experts, count, *rest = parts[0].shape
+        self.shape = (count * len(parts), *rest)
+        self._stacks = [stack for part in parts if (stack := stack_of(part.value)) is not None]
 
-def _reader(shape: Sequence[int], stacks: Sequence[Stack], parts: Sequence[Part]) -> Callable[[], Array]:
-    def read() -> Array:
-        whole = np.empty(shape, stacks[0].dtype.numpy())
-        for e in range(shape[0]):
-            for i, (stack, part) in enumerate(zip(stacks, parts, strict=True)):
-                whole[e, i :: len(parts)] = part.of(stack.read(e))
-        return whole
+    @property
+    def is_stored(self) -> bool:
+        """Whether they are weights of the model, not computed by it."""
+        return len(self._stacks) == len(self.parts)
 
-    return read
+    def read(self, expert: int) -> Array:
+        """One expert's."""
+        rows = np.empty(self.shape, np.float32)
+        for i, (stack, part) in enumerate(zip(self._stacks, self.parts, strict=True)):
+            rows[i :: len(self.parts)] = part.of(stack.read(expert))
+        return rows
 
+    def value(self, to: Builder, name: str) -> ir.Value:
+        """An initializer called `name`, read when it is written; or nodes, where they are computed."""
+        if not self.is_stored:
+            return self._computed(to)
+        return to.weight(name, (self.experts, *self.shape), ir.DataType.FLOAT, lambda: self.whole(self.read))
 
-def _computed(to: Builder, parts: Sequence[Part], shape: Sequence[int]) -> ir.Value:
-    rows = []
-    for part in parts:
-        value = to.op("Transpose", part.value, perm=[0, 2, 1]) if part.transposed else part.value
-        last = part.first + part.step * (part.count - 1) + 1
-        bounds = (to.constant([at]) for at in (part.first, last, 1, part.step))
-        rows.append(to.op("Slice", value, *bounds))
-    if len(rows) == 1:
-        return rows[0]
-    turns = [to.op("Unsqueeze", value, to.constant([2])) for value in rows]
-    return to.op("Reshape", to.op("Concat", *turns, axis=2), to.constant(list(shape)))
+    def whole(self, read: Callable[[int], Array]) -> Array:
+        """What `read` gives of every expert, E first, with one expert's in memory beside it."""
+        first = read(0)
+        together = np.empty((self.experts, *first.shape), first.dtype)
+        together[0] = first
+        for e in range(1, self.experts):
+            together[e] = read(e)
+        return together
+
+    def _computed(self, to: Builder) -> ir.Value:
+        rows = []
+        for part in self.parts:
+            value = to.op("Transpose", part.value, perm=[0, 2, 1]) if part.transposed else part.value
+            last = part.first + part.step * (part.count - 1) + 1
+            bounds = (to.constant([at]) for at in (part.first, last, 1, part.step))
+            rows.append(to.op("Slice", value, *bounds))
+        if len(rows) == 1:
+            return rows[0]
+        turns = [to.op("Unsqueeze", value, to.constant([2])) for value in rows]
+        return to.op("Reshape", to.op("Concat", *turns, axis=2), to.constant([self.experts, *self.shape]))

@@ -68,7 +68,7 @@ def make(
     matrix, errors = quantized(weights) if weights else (plain, None)
     model = carry(exported, _QUANTIZED_OPSET if weights else _OPSET, names, forms.choose)
     called = {layer.number: layer.name for layer in forms.layers}
-    lower_contrib(model, called, weights)
+    lower_contrib(model, called, weights, errors)
     values = lower(model, called, matrix)
     model.ir_version = _IR_VERSION
     name_nodes(model.graph)
