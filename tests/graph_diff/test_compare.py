@@ -8,7 +8,7 @@ import pytest
 
 from dsmoe_compiler.graph_diff.change import Change
 from dsmoe_compiler.graph_diff.compare import GraphDiff, Rewired, compare
-from dsmoe_compiler.graph_diff.content import Content, Held, InFile, digest, same_content
+from dsmoe_compiler.graph_diff.content import Content, Held, InFile, digest, same_content, same_turned
 from dsmoe_compiler.graph_diff.facts import GraphFacts, Layer, Size, Tensor, TensorType, Value
 from dsmoe_compiler.graph_diff.tensor_changes import TOO_MANY, USUAL_BYTES, Unread
 
@@ -234,3 +234,51 @@ def test_the_same_part_of_a_file_is_not_read(tmp_path: Path) -> None:
     a = with_tensors(replace(tensor("w"), content=gone))
     found = between(a, with_tensors(replace(tensor("w"), content=InFile(tmp_path / "gone", 0, 4))))
     assert found.same and found.tensors.unread == ()
+
+
+def _matrix(name: str, rows: int, columns: int, data: bytes, dtype: str = "u8") -> Tensor:
+    return Tensor(name, TensorType(dtype, (rows, columns)), len(data), Held(data))
+
+
+def test_transposes_are_told_from_other_shapes_and_other_numbers() -> None:
+    a = with_tensors(
+        _matrix("wide", 2, 3, b"abcdef"),
+        _matrix("square", 2, 2, b"abcd"),
+        _matrix("other", 2, 3, b"abcdef"),
+        _matrix("rewritten", 2, 2, b"abcd"),
+        _matrix("empty", 0, 3, b""),
+    )
+    b = with_tensors(
+        _matrix("wide", 3, 2, b"adbecf"),
+        _matrix("square", 2, 2, b"acbd"),
+        _matrix("other", 3, 2, b"abcdef"),
+        _matrix("rewritten", 2, 2, b"acbe"),
+        _matrix("empty", 3, 0, b""),
+    )
+    found = between(a, b).tensors
+    assert [c.name for c in found.turned] == ["square", "wide"]
+    assert [c.name for c in found.changed] == ["empty", "other"]
+    assert [t.name for t in found.rewritten] == ["rewritten"]
+    unread = between(a, b, most_bytes=0).tensors
+    assert unread.turned == () and {c.name for c in unread.changed} == {"wide", "other", "empty"}
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 7), (5, 3), (2, 4)])
+def test_matrices_of_any_element_are_turned(itemsize: int, rows: int, columns: int) -> None:
+    items = [bytes([i] * itemsize) for i in range(rows * columns)]
+    turned = [items[i * columns + j] for j in range(columns) for i in range(rows)]
+    a, b = Held(b"".join(items)), Held(b"".join(turned))
+    assert same_turned(a, b, rows, columns) and same_turned(b, a, columns, rows)
+    other = Held(b.data[:-1] + b"\xff")
+    assert not same_turned(a, other, rows, columns) and not same_turned(a, b, 3 * rows, 3 * columns)
+
+
+def test_matrices_with_other_corners_are_not_read() -> None:
+    a, b = Counting(16 << 20), Counting(16 << 20, last=1)
+    assert not same_turned(a, b, 4 << 10, 1 << 10)
+    assert sum(stop - start for start, stop in a.reads) == 2 * 4
+
+
+def test_numbers_of_half_a_byte_are_not_turned() -> None:
+    assert not same_turned(Held(b"ab"), Held(b"ab"), 2, 2)
