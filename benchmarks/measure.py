@@ -56,8 +56,13 @@ def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
 
 def peak_megabytes() -> float:
     """The most memory this process ever had resident, in units of 10^6 bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+    try:
+        # Not ru_maxrss, which on Linux begins at what the process had that started this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def machine() -> dict[str, object]:
