@@ -43,7 +43,9 @@ class NamedWeights(FxImporterHooks):  # type: ignore[misc]
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if key not in self._made:
             data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            self._made[key] = DenseResourceElementsAttr.get_from_buffer(data, name, kind)
+            self._made[key] = DenseResourceElementsAttr.get_from_buffer(
+                data, name, kind, alignment=tensor.element_size()
+            )
         value_type = Type.parse(f"!torch.vtensor<{list(tensor.shape)},{kind.element_type}>")
         literal_op = Operation.create(
             "torch.vtensor.literal", results=[value_type], attributes={"value": self._made[key]}

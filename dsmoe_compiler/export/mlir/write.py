@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 Dialect = Literal["torch", "linalg"]
 
-# A text without weights leaves out constants of more elements than this, and the bytes of every resource.
+# A text without weights leaves out constants of more elements than this, and the bytes of every resource, for
+# which MLIR prints an empty section.
 _FEW = 16
+_NO_BYTES = "\n{-#\n\n#-}\n"
 
 
 def export_mlir(
@@ -50,6 +52,7 @@ def export_mlir(
     module = in_torch(exported) if dialect == "torch" else in_linalg(exported)
     limits = (None, None) if weights else (_FEW, 0)
     text: str = module.operation.get_asm(large_elements_limit=limits[0], large_resource_limit=limits[1])
+    text = text.removesuffix(_NO_BYTES)
     if path is not None:
         with written_whole(Path(path)) as file:
             file.write(text.encode())
