@@ -280,5 +280,10 @@ def test_matrices_with_other_corners_are_not_read() -> None:
     assert sum(stop - start for start, stop in a.reads) == 2 * 4
 
 
+@pytest.mark.parametrize(("a", "b"), [(6, 7), (7, 7), (13, 13)])
+def test_bytes_that_do_not_fit_their_shape_are_not_turned(a: int, b: int) -> None:
+    assert not same_turned(Held(b"a" * a), Held(b"a" * b), 2, 3)
+
+
 def test_numbers_of_half_a_byte_are_not_turned() -> None:
     assert not same_turned(Held(b"ab"), Held(b"ab"), 2, 2)
