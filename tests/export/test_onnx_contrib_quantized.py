@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ pytest.importorskip("onnx_ir")
 import numpy as np
 import onnx
 
+from dsmoe_compiler.export.onnx.contrib_exact import without_kernels
 from dsmoe_compiler.export.onnx.contrib_quantized import packed
 from dsmoe_compiler.export.onnx.quantize import dequantize, quantize
 from dsmoe_compiler.export.onnx.quantized_matrix import Weights, form_of
@@ -21,7 +24,6 @@ from tests.export.onnx_contrib_layer import (
     exported_to_ort,
     in_onnxruntime,
     in_reference,
-    inlined,
     tokens,
 )
 
@@ -48,7 +50,9 @@ def _rounded(layer: Layer, weights: Weights) -> None:
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_the_kernel_and_the_function_multiply_by_the_rounded_weights(weights: Weights) -> None:
+def test_the_kernel_and_the_function_multiply_by_the_rounded_weights(
+    weights: Weights, tmp_path: Path
+) -> None:
     layers = [Layer(*body, hidden=WIDE) for body in (_BIASED, _SEPARATE)]
     for layer in layers:
         for param in layer.params:
@@ -57,14 +61,19 @@ def test_the_kernel_and_the_function_multiply_by_the_rounded_weights(weights: We
     model = exported_to_ort(module, tokens(7, width=WIDE), weights=weights)
     nodes = [node for node in model.graph.node if node.domain]
     assert [node.op_type for node in nodes] == ["QMoE", "QMoE"]
+    saved = onnx.ModelProto.FromString(model.SerializeToString())  # saving changes what is saved
+    onnx.save(saved, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=64)
     if weights == "int4":
         _check_two_codes_are_a_byte(model)
     for layer in layers:
         _rounded(layer, weights)
+    with without_kernels(tmp_path / "m.onnx") as exact_path:
+        beside = in_onnxruntime(onnx.load(exact_path))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.data", "m.onnx"]
     for count in (0, 1, 7, 33):
         args = tokens(count, width=WIDE)
         expected = module(*args).detach().numpy()
-        for exact in (in_reference(model), in_onnxruntime(inlined(model))):
+        for exact in (in_reference(model), beside):
             np.testing.assert_allclose(exact(args)[0], expected, atol=5e-6)
         (found,) = in_onnxruntime(model)(args)
         assert found.shape == expected.shape
