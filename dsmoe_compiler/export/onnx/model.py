@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 from torch.export import ExportedProgram
 
+from dsmoe_compiler.export.onnx.axes import count_from_front
 from dsmoe_compiler.export.onnx.carry import carry
 from dsmoe_compiler.export.onnx.contrib import NotExpressible, contrib_form, lower_contrib
 from dsmoe_compiler.export.onnx.initializers import drop_unused
@@ -71,6 +72,7 @@ def make(
     lower_contrib(model, called, weights, errors)
     values = lower(model, called, matrix)
     model.ir_version = _IR_VERSION
+    count_from_front(model.graph)
     name_nodes(model.graph)
     for number, name in called.items():
         values[number].name = f"{name}/output".lstrip("/")
