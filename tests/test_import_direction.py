@@ -17,7 +17,7 @@ def house(tmp_path: Path) -> Path:
     """An empty house with the rooms, links and rules of this one."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     package = tmp_path / "dsmoe_compiler"
-    for name in ("ir", "runtime"):
+    for name in ("ir", "runtime", "export"):
         (package / name).mkdir(parents=True)
         (package / name / "__init__.py").touch()
     for name in ("__init__", "api", "cli", "pipeline", "validate"):
