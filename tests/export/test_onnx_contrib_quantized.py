@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from dsmoe_compiler.export.onnx.contrib_exact import without_kernels
 from dsmoe_compiler.export.onnx.contrib_quantized import packed
 from dsmoe_compiler.export.onnx.quantize import dequantize, quantize
 from dsmoe_compiler.export.onnx.quantized_matrix import Weights, form_of
+from dsmoe_compiler.ir.errors import ExportError
+from dsmoe_compiler.onnx_check import _check_kernels
 from tests.export.onnx_contrib_layer import (
     E,
     Layer,
@@ -91,6 +95,24 @@ def _check_two_codes_are_a_byte(model: onnx.ModelProto) -> None:
         "layers.1.fc2.scale": (E, WIDE, HIDDEN // 32),
         "layers.1.fc2.zero_point": (E, WIDE, 2),
     }
+
+
+def test_a_kernel_that_computes_something_else_is_found(tmp_path: Path) -> None:
+    layer = Layer(*_SEPARATE, hidden=WIDE)
+    model = exported_to_ort(layer, tokens(7, width=WIDE), weights="int8")
+    right, wrong = tmp_path / "right.onnx", tmp_path / "wrong.onnx"
+    onnx.save(model, right)
+    for node in model.graph.node:
+        if node.op_type == "QMoE":
+            (slots,) = (attribute for attribute in node.attribute if attribute.name == "k")
+            slots.i = 1
+    onnx.save(model, wrong)
+    program: Any = SimpleNamespace(inputs=SimpleNamespace(flat=lambda args, kwargs: args))
+    call: Any = (tokens(7, width=WIDE), {})
+    with without_kernels(right) as exact:
+        _check_kernels(program, right, exact, call)
+        with pytest.raises(ExportError, match="quantised experts"):
+            _check_kernels(program, wrong, exact, call)
 
 
 def test_the_first_of_two_codes_is_low() -> None:
