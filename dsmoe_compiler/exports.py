@@ -90,9 +90,11 @@ def export_onnx(
     _check_choice("weights", weights, (None, *get_args(Weights)))
     _require_packages((*_ONNX_PACKAGES, *(("onnxruntime",) if verify else ())))
     from dsmoe_compiler.export.onnx.model import make
-    from dsmoe_compiler.export.onnx.write import data_path, write
+    from dsmoe_compiler.export.onnx.write import data_path, require_place, write
     from dsmoe_compiler.onnx_check import check
 
+    path = Path(path)
+    require_place(path)
     stage = progress or (lambda name: None)
     program, example = _program(model_or_program, args, kwargs, dynamic_shapes, progress)
     stage("export")
@@ -107,7 +109,6 @@ def export_onnx(
             metadata=_metadata(program, target, weights),
         )
     stage("write")
-    path = Path(path)
     with Deferred():
         write(made.model, path)
     data = data_path(path)

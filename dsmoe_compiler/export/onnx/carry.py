@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.onnx.ops import symbolic
 
+from dsmoe_compiler.export.onnx.complex_pairs import split_complex
 from dsmoe_compiler.export.onnx.initializers import store_transposed
 from dsmoe_compiler.export.onnx.inline import inline
 from dsmoe_compiler.export.onnx.layer import Experts, Form
@@ -39,6 +40,7 @@ def carry(
     left as it was; `names` are its layers', by the name of their op in its graph.
     """
     program = _copied(exported)
+    split_complex(program)
     _spell(program, names, choose)
     with warnings.catch_warnings(), silenced(*_LOGGERS):
         warnings.simplefilter("ignore")
@@ -62,14 +64,19 @@ def _reason(error: BaseException) -> str:
 
 def _copied(exported: ExportedProgram) -> ExportedProgram:
     """A program with a graph of its own, on the same tensors."""
+    graph = copy.deepcopy(exported.graph)
+    for node, copied in zip(exported.graph.nodes, graph.nodes, strict=True):
+        copied.name = (
+            node.name
+        )  # a copy may not be called as Python's builtins are; the signature says `input`
     return ExportedProgram(
-        root=GraphModule(exported.graph_module, copy.deepcopy(exported.graph)),
-        graph=copy.deepcopy(exported.graph),
+        root=GraphModule(exported.graph_module, graph),
+        graph=graph,
         graph_signature=copy.deepcopy(exported.graph_signature),
-        state_dict=exported.state_dict,
+        state_dict=dict(exported.state_dict),
         range_constraints=exported.range_constraints,
         module_call_graph=exported.module_call_graph,
-        constants=exported.constants,
+        constants=dict(exported.constants),
         verifiers=exported.verifiers,
     )
 

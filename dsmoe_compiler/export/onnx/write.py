@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,35 +23,48 @@ def data_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def write(model: ir.Model, path: Path) -> None:
-    """Write the model to `path` and its weights to `data_path(path)`, a tensor at a time.
+def require_place(path: Path) -> None:
+    """Raise InputError unless a model can be written to `path`. Leaves nothing there."""
+    with _folder_beside(path):
+        pass
 
-    Raises InputError when the place cannot be written; what lay there before is then left.
-    """
-    path = Path(os.path.realpath(path))
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A folder to write in, on the disk where `path` is to be, gone afterwards. Raises InputError."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is no file; give a file name")
     folder = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
     try:
         folder.mkdir()
         try:
-            ir.save(
-                model,
-                folder / path.name,
-                external_data=data_path(path).name,
-                size_threshold_bytes=_INSIDE,
-                max_workers=1,
-                alignment=_PAGE,
-                align_threshold=_ALIGNED,
-            )
-            data = folder / data_path(path).name
-            if data.exists():
-                os.replace(data, data_path(path))
-            else:
-                data_path(path).unlink(missing_ok=True)
-            os.replace(folder / path.name, path)
+            yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except (OSError, ValueError) as e:
         reason = (e.strerror if isinstance(e, OSError) else None) or str(e)
         raise InputError(f"{path}: cannot be written ({reason}); choose another place") from e
+
+
+def write(model: ir.Model, path: Path) -> None:
+    """Write the model to `path` and its weights to `data_path(path)`, a tensor at a time.
+
+    Raises InputError when the place cannot be written; what lay there before is then left.
+    """
+    path = Path(os.path.realpath(path))
+    with _folder_beside(path) as folder:
+        ir.save(
+            model,
+            folder / path.name,
+            external_data=data_path(path).name,
+            size_threshold_bytes=_INSIDE,
+            max_workers=1,
+            alignment=_PAGE,
+            align_threshold=_ALIGNED,
+        )
+        data = folder / data_path(path).name
+        if data.exists():
+            os.replace(data, data_path(path))
+        else:
+            data_path(path).unlink(missing_ok=True)
+        os.replace(folder / path.name, path)
