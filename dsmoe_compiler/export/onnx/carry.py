@@ -66,9 +66,8 @@ def _copied(exported: ExportedProgram) -> ExportedProgram:
     """A program with a graph of its own, on the same tensors."""
     graph = copy.deepcopy(exported.graph)
     for node, copied in zip(exported.graph.nodes, graph.nodes, strict=True):
-        copied.name = (
-            node.name
-        )  # a copy may not be called as Python's builtins are; the signature says `input`
+        # A copy is not called as Python's builtins are, and the signature may say `input`.
+        copied.name = node.name
     return ExportedProgram(
         root=GraphModule(exported.graph_module, graph),
         graph=graph,
