@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 # What a traced node keeps of the call it stands for: where in the model it is.
-_PLACE = ("nn_module_stack", "source_fn_stack")
+PLACE = ("nn_module_stack", "source_fn_stack")
 
 
 def inline(call: Node, function: Callable[..., Tensor]) -> None:
@@ -34,7 +34,7 @@ def inline(call: Node, function: Callable[..., Tensor]) -> None:
             *(node.meta["val"] for node in nodes)
         )
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    place = {key: call.meta[key] for key in _PLACE if key in call.meta}
+    place = {key: call.meta[key] for key in PLACE if key in call.meta}
     with graph.inserting_before(call):
         known = dict(zip(inputs, nodes, strict=True))
         for node in traced.graph.nodes:
