@@ -29,7 +29,7 @@ from benchmarks.onnx_model import SIZES
 from benchmarks.onnx_one_export import Exported
 from benchmarks.onnx_one_load import Loaded
 from benchmarks.onnx_one_timing import Request, Timed
-from benchmarks.onnx_report import print_found, summary, targets
+from benchmarks.onnx_report import print_found, summary, targets, threads_text
 from benchmarks.onnx_ways import STANDARD, WAYS
 
 SECONDS = {1: 8.0, 16: 12.0, 128: 20.0}  # by T: rounds begin for so long
@@ -57,18 +57,22 @@ def export_all(
 
 
 def load_all(
-    console: Console, files: Mapping[str, Path], threads: int, rounds: int
+    console: Console, files: dict[str, Path], threads: int, rounds: int, missing: dict[str, str]
 ) -> dict[str, list[Loaded]]:
-    """Every file once a round."""
-    found: dict[str, list[Loaded]] = {name: [] for name in files}
+    """Every file once a round; one that cannot be loaded and run is dropped from `files`."""
+    found: dict[str, list[Loaded]] = {}
     for done in range(rounds):
-        for name, path in files.items():
-            with console.status(f"load, {threads} threads, round {done + 1} of {rounds}: {name}"):
-                fresh = in_fresh_process(
-                    "benchmarks.onnx_one_load", str(path), str(threads), str(max(SECONDS))
-                )
-            found[name].append(Loaded(**fresh))
-    return found
+        for name in [*files]:
+            arguments = [str(files[name]), str(threads), str(max(SECONDS))]
+            with console.status(f"load, {threads_text(threads)}, round {done + 1} of {rounds}: {name}"):
+                try:
+                    fresh = in_fresh_process("benchmarks.onnx_one_load", *arguments)
+                except RuntimeError as e:
+                    missing[name] = reason(e)
+                    del files[name]
+                else:
+                    found.setdefault(name, []).append(Loaded(**fresh))
+    return {name: found[name] for name in files}
 
 
 def time_all(
@@ -84,17 +88,17 @@ def time_all(
         part = share / 4 if place else share  # two ways have rounds sooner than ten
         seconds = {str(tokens): part * spent for tokens, spent in SECONDS.items()}
         request = Request(size, threads, group, torch=place == 0, seconds=seconds)
-        with console.status(f"latency, {threads} threads: {', '.join(group)}"):
+        with console.status(f"latency, {threads_text(threads)}: {', '.join(group)}"):
             fresh = in_fresh_process("benchmarks.onnx_one_timing", json.dumps(asdict(request)))
         found.append([Timed(**t) for t in fresh["timed"]])
     return found
 
 
 def reason(failure: RuntimeError) -> str:
-    """The error's own line, the last that a traceback begins at the margin."""
-    lines = [line for line in str(failure).splitlines() if line[:1].strip()]
-    named = [line for line in lines if "Error" in line.split(":")[0] or "Exception" in line.split(":")[0]]
-    return (named or lines)[-1][:160]
+    """The error's own line: the first that stands at the margin after a traceback."""
+    _, trace, text = str(failure).rpartition("Traceback (most recent call last):")
+    lines = [line for line in text.splitlines() if line[:1].strip()]
+    return lines[0 if trace else -1][:160]
 
 
 @click.command(help="ONNX files of one MoE model: ours against transformers' and torch's.")
@@ -122,7 +126,7 @@ def main(ways: str | None, threads: str, quick: bool, tiny: bool, path: Path | N
             if name in found.exports and WAYS[name].timed
         }
         for count in map(int, threads.split(",")):
-            found.loads[count] = load_all(console, files, count, 1 if quick or tiny else LOADS)
+            found.loads[count] = load_all(console, files, count, 1 if quick or tiny else LOADS, found.missing)
             found.timings[count] = time_all(console, files, size, count, share)
     print_found(console, found)
     results = {"minutes": (time.monotonic() - start) / 60, **summary(found)}

@@ -27,12 +27,12 @@ _INT8_FROM, _INT8 = (
 
 def targets(found: Found) -> list[Target]:
     """Of ours that were made; where a way to compare with is missing, so is the target."""
-    ours = [name for name in found.names if WAYS[name].ours]
+    ours = [name for name in found.names if WAYS[name].ours and name not in found.missing]
     wanted = [name for name in {**found.exports, **found.missing} if WAYS[name].ours]
-    goals = [Target("exports of ours that were made", len(ours), len(wanted), at_least=True)]
+    goals = [Target("files of ours that were made, and run", len(ours), len(wanted), at_least=True)]
     goals += _against_transformers(found)
     for threads in found.timings:
-        at = f"{_threads(threads)}, T="
+        at = f"{threads_text(threads)}, T="
         if (times := found.times(threads, _BATCHED_TOKENS, BATCHED, STANDARD)) is not None:
             goals.append(
                 Target(f"{at}{_BATCHED_TOKENS}: times faster than {BATCHED}", times, _BATCHED, at_least=True)
@@ -58,10 +58,10 @@ def _against_transformers(found: Found) -> list[Target]:
         goals.append(Target(f"peak memory, loaded and run: {what}", ours[1] / theirs[1], _MEMORY))
     for threads in found.timings:
         if (times := found.load_times(threads, STANDARD, TRANSFORMERS)) is not None:
-            goals.append(Target(f"{_threads(threads)}, load: {what}", times, _LOAD))
+            goals.append(Target(f"{threads_text(threads)}, load: {what}", times, _LOAD))
         for tokens in found.tokens:
             if (times := found.times(threads, tokens, STANDARD, TRANSFORMERS)) is not None:
-                goals.append(Target(f"{_threads(threads)}, T={tokens}: {what}", times, _LATENCY))
+                goals.append(Target(f"{threads_text(threads)}, T={tokens}: {what}", times, _LATENCY))
     return goals
 
 
@@ -118,7 +118,7 @@ def _print_exports(console: Console, found: Found) -> None:
 
 
 def _print_loads(console: Console, found: Found) -> None:
-    seconds = [f"s, {_threads(threads)}" for threads in found.loads]
+    seconds = [f"s, {threads_text(threads)}" for threads in found.loads]
     table = _table("load", *seconds, "peak MB", "after a call")
     base = found.peaks(STANDARD)
     for name in found.names:
@@ -142,7 +142,7 @@ def _print_loads(console: Console, found: Found) -> None:
 
 def _print_latency(console: Console, found: Found, threads: int) -> None:
     columns = [f"T={tokens}" for tokens in found.tokens]
-    table = _table(f"ms, {_threads(threads)}", *columns, "difference", "relative")
+    table = _table(f"ms, {threads_text(threads)}", *columns, "difference", "relative")
     for name in (EAGER, GROUPED, *found.names):
         if (off := found.difference(name)) is None:
             continue
@@ -192,7 +192,8 @@ def _style(name: str) -> str | None:
     return "bold" if name == STANDARD else None
 
 
-def _threads(count: int) -> str:
+def threads_text(count: int) -> str:
+    """As tables have it."""
     return "1 thread" if count == 1 else f"{count} threads"
 
 

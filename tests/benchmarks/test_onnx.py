@@ -102,7 +102,7 @@ def test_sizes_and_distances_of_ours_are_goals() -> None:
     assert not _goal(found, f"{STANDARD}: .onnx").met
     assert not _goal(found, f"{STANDARD}: data").met
     assert _goal(found, f"{STANDARD} int8: experts").value == pytest.approx(0.29)
-    assert _goal(found, f"{STANDARD} int8: relative").met and not _goal(found, "that were made").met
+    assert _goal(found, f"{STANDARD} int8: relative").met and not _goal(found, "were made, and run").met
     for group in found.timings[1]:
         group[0].distance[STANDARD] = 1e-3
     assert not _goal(found, f"{STANDARD}: relative").met
@@ -113,7 +113,7 @@ def test_without_transformers_there_is_no_goal_against_it() -> None:
     del found.exports[TRANSFORMERS]
     assert not [t for t in onnx_report.targets(found) if f"times {TRANSFORMERS}" in t.what]
     del found.exports[STANDARD]
-    assert _goal(found, "that were made").value == 2
+    assert _goal(found, "were made, and run").value == 2
 
 
 @pytest.mark.parametrize("width", [100, 150])
@@ -134,9 +134,19 @@ def test_the_files_figures_are_those_of_the_tables() -> None:
 
 
 def test_a_failure_is_told_in_its_own_line() -> None:
-    failed = RuntimeError("-m x failed:\nTraceback\n  File\nValueError: no such op\n    more\nA warning.")
+    trace = "Traceback (most recent call last):\n  File\n"
+    failed = RuntimeError(
+        f"-m x failed:\n{trace}KeyError: 1\n\n{trace}ValueError: no such op\n  more\nAnd more"
+    )
     assert benchmark.reason(failed) == "ValueError: no such op"
     assert benchmark.reason(RuntimeError("-m x failed:\nKilled")) == "Killed"
+
+
+def test_a_file_that_cannot_be_loaded_is_dropped_and_named(tmp_path: Path) -> None:
+    files, missing = {STANDARD: _doubled(tmp_path), ORT: tmp_path / "none.onnx"}, dict[str, str]()
+    found = benchmark.load_all(Console(quiet=True), files, threads=1, rounds=2, missing=missing)
+    assert list(files) == list(found) == [STANDARD] and len(found[STANDARD]) == 2
+    assert "NO_SUCHFILE" in missing[ORT]
 
 
 def test_nested_nodes_count() -> None:
