@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,13 @@ class Builder:
     def __init__(self, graph: ir.Graph, prefix: str) -> None:
         self.graph, self.prefix = graph, prefix
         self.nodes: list[ir.Node] = []
+        self._seen = Counter[str]()
+
+    def within(self, part: str) -> Builder:
+        """A builder of the same nodes, for some that are of one part."""
+        builder = Builder(self.graph, f"{self.prefix}/{part}")
+        builder.nodes = self.nodes
+        return builder
 
     def op(
         self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Attribute
@@ -37,7 +45,9 @@ class Builder:
         **attributes: Attribute,
     ) -> Sequence[ir.Value]:
         """The values of a node."""
-        name = f"{self.prefix}/{op_type}_{len(self.nodes)}"
+        self._seen[op_type] += 1
+        again = f"_{self._seen[op_type] - 1}" if self._seen[op_type] > 1 else ""
+        name = f"{self.prefix}/{op_type}{again}"
         node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
         for i, value in enumerate(node.outputs):
             value.name = name if outputs == 1 else f"{name}.{i}"

@@ -78,7 +78,7 @@ def _grouped(graph: ir.Graph, node: ir.Node, layer: str, matrix: Matrix) -> None
     products = []
     for e, part in enumerate(parts[drops:]):
         weight = _computed(to, stacked, e, transposed) if stack is None else matrix(to, stack, e, transposed)
-        products.append(to.op("MatMul", part, weight))
+        products.append(to.within(f"expert_{e}").op("MatMul", part, weight))
     if drops:  # rows of zeros for those that no expert sees
         dropped = to.op("Slice", counts, to.constant([0]), to.constant([1]))
         size = to.op("Concat", dropped, to.constant([outputs]), axis=0)
