@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -93,8 +94,15 @@ def _passed(module: Module, passes: tuple[str, ...]) -> Module:
                 PassManager.parse(f"builtin.module({each})").run(module.operation)
             except MLIRError as e:
                 why = e.error_diagnostics[0].message if e.error_diagnostics else _first_line(e)
-                raise InputError(f"torch-mlir cannot lower this program: {why[:200]}") from e
+                raise InputError(f"torch-mlir cannot lower this program: {_shortened(why)}") from e
     return module
+
+
+def _shortened(diagnostic: str) -> str:
+    """Without the operation that it spells out, but for the name of one that the dialect does not have."""
+    why, _, operation = diagnostic.partition(": %")
+    name = re.search(r'<{name = "(.*?)"', operation)
+    return f"{why} ({name[1]})" if name else why[:200]
 
 
 def _first_line(error: Exception) -> str:

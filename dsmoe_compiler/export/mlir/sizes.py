@@ -32,7 +32,7 @@ def require_integers(graph: Graph) -> None:
         if isinstance(node.meta.get("val"), SymFloat):
             raise InputError(
                 f"the program computes a size in floating point (%{node.name}), which torch-mlir cannot "
-                "express; compile it with dynamic_shapes=None, for one size"
+                "express; give dynamic_shapes=None, for one size"
             )
 
 
