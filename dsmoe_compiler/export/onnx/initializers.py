@@ -7,7 +7,6 @@ import torch
 
 from dsmoe_compiler.export.onnx.build import Builder
 
-
 # After the name of a matrix that is stored transposed, until it is known that the name itself is free.
 TRANSPOSED = ".T"
 
