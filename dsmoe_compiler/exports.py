@@ -119,7 +119,7 @@ def export_onnx(
         weights,
         made.model.opset_imports[""],
         sum(1 for _ in made.model.graph),
-        made.layers,
+        _all_layers(program, made.layers),
         None,
         made.errors(),
     )
@@ -176,6 +176,17 @@ def _program(
         program = model
     example = (tuple(args), dict(kwargs or {})) if args or kwargs else program.exported.example_inputs
     return program, example or program.inputs.made_up()
+
+
+def _all_layers(program: Program, fused: Sequence[LayerForm]) -> tuple[LayerForm, ...]:
+    """What became of every layer, in execution order; those that were not fused are as they were written."""
+    from dsmoe_compiler.export.onnx.model import LayerForm
+
+    forms = iter(fused)
+    return tuple(
+        next(forms) if layer.fused else LayerForm(layer.name, "as written", str(layer.refusal), "")
+        for layer in program.report.layers
+    )
 
 
 def _metadata(program: Program, target: str, weights: str | None) -> dict[str, str]:

@@ -89,7 +89,8 @@ def _runner(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     except Exception as e:  # its bindings raise classes of their own
         reason = str(e).splitlines()[0][:200]
         raise ExportError(
-            f"{path} was written, but onnxruntime {onnxruntime.__version__} cannot load it: {reason}"
+            f"{path} was written, but onnxruntime {onnxruntime.__version__} cannot load it: {reason}; "
+            "verify=False leaves it unchecked"
         ) from e
     names = [given.name for given in session.get_inputs()]
 

@@ -237,3 +237,18 @@ class TestWrongRequests:
         monkeypatch.setattr(exports, "find_spec", lambda name: None if name == "onnxruntime" else name)
         with pytest.raises(dsmoe.InputError, match=r"needs onnxruntime: pip .*\[onnx\].*verify=False"):
             dsmoe.export_onnx(files.program, path=tmp_path / "m.onnx")
+
+
+def test_a_layer_that_was_not_fused_is_told(tmp_path: Path) -> None:
+    layer = Experts()
+    layer.down.data[0] = float("nan")
+    exported = dsmoe.export_onnx(layer, (torch.randn(5, 16),), path=tmp_path / "m.onnx", verify=False)
+    (form,) = exported.layers
+    assert form.form == "as written" and form.remark.startswith("R305")
+
+
+def test_what_onnxruntime_cannot_load_is_said(tmp_path: Path) -> None:
+    layer, x = Experts().bfloat16(), torch.randn(5, 16).bfloat16()
+    with pytest.raises(dsmoe.ExportError, match=r"m\.onnx was written, but onnxruntime .* cannot load it"):
+        dsmoe.export_onnx(layer, (x,), path=tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").exists()

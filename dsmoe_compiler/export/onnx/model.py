@@ -31,8 +31,9 @@ _OPSET, _QUANTIZED_OPSET, _IR_VERSION = 20, 21, 10
 
 @dataclass(frozen=True)
 class LayerForm:
-    """What a layer became: `form` is "Split", "MoE", "QMoE" or "gathered weights"; `remark` says why it is
-    not what was asked for, "" if it is. `output` is the value that the layer gives.
+    """What a layer became: `form` is "Split", "MoE", "QMoE", "gathered weights", or "as written" where it was
+    not fused; `remark` says why it is not what was asked for, "" if it is. `output` is the value that it
+    gives, "" where that is not known.
     """
 
     name: str
