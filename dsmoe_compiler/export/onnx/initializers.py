@@ -19,7 +19,8 @@ def store_transposed(graph: ir.Graph) -> None:
     _merge_tied(graph)
     for value in list(graph.initializers.values()):
         readers = {use.node for use in value.uses()}
-        if readers and len(value.shape or ()) == 2 and all(map(_transposes, readers)):
+        read_whole = value.is_graph_output() or len(value.shape or ()) != 2
+        if readers and not read_whole and all(map(_transposes, readers)):
             _transposed(graph, value, list(readers))
 
 
