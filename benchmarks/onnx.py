@@ -59,11 +59,11 @@ def export_all(
 def load_all(
     console: Console, files: dict[str, Path], threads: int, rounds: int, missing: dict[str, str]
 ) -> dict[str, list[Loaded]]:
-    """Every file once a round; one that cannot be loaded and run is dropped from `files`."""
+    """Every file once a round, run in the first; one that cannot be loaded and run is dropped from `files`."""
     found: dict[str, list[Loaded]] = {}
     for done in range(rounds):
         for name in [*files]:
-            arguments = [str(files[name]), str(threads), str(max(SECONDS))]
+            arguments = [str(files[name]), str(threads), str(0 if done else max(SECONDS))]
             with console.status(f"load, {threads_text(threads)}, round {done + 1} of {rounds}: {name}"):
                 try:
                     fresh = in_fresh_process("benchmarks.onnx_one_load", *arguments)

@@ -28,7 +28,7 @@ from benchmarks.onnx_ways import EAGER, GROUPED
 _ROUNDS = 100
 _AWAKE = 16  # tokens up to which a call is so short that waking threads would show
 _REST = 0.03  # seconds after which the threads of torch no longer spin
-_COMPARED = 256  # tokens at least, of two inputs at least
+_COMPARED = 2  # inputs at every T
 
 Run = Callable[[Tensor], Tensor]
 
@@ -74,7 +74,7 @@ def timed(request: Request) -> list[Timed]:
     for text, seconds in request.seconds.items():
         tokens = int(text)
         given = [ids(SIZES[request.size], 1, tokens, seed) for seed in range(max(4, min(64, 1024 // tokens)))]
-        differences, distances = _compared(runs, given[: max(2, _COMPARED // tokens)])
+        differences, distances = _compared(runs, given[:_COMPARED])
         some = {name: run for name, run in runs.items() if request.torch or name in request.files}
         rounds = interleaved(
             {name: _turn(run, given, at) for at, (name, run) in enumerate(some.items())},

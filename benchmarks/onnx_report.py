@@ -42,7 +42,7 @@ def targets(found: Found) -> list[Target]:
             if tokens >= _INT8_FROM and times is not None:
                 goals.append(Target(f"{at}{tokens}: {STANDARD} int8, times {ORT} int8", times, _INT8))
     for name in ours:
-        goals += _of_one(found, name)
+        goals += _of_one(found, name) if WAYS[name].timed else []
     return goals
 
 
