@@ -59,7 +59,7 @@ def export_all(
 def load_all(
     console: Console, files: dict[str, Path], threads: int, rounds: int, missing: dict[str, str]
 ) -> dict[str, list[Loaded]]:
-    """Every file once a round, run in the first; one that cannot be loaded and run is dropped from `files`."""
+    """Every file once a round, run in the first; one that fails is dropped from `files`."""
     found: dict[str, list[Loaded]] = {}
     for done in range(rounds):
         for name in [*files]:
