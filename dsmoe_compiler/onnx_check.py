@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoe_compiler.export.onnx.contrib_exact import without_kernels
@@ -69,10 +70,14 @@ class _Session:
 
     def __init__(self, program: Program, path: Path) -> None:
         self._program, self._run = program, _runner(path)
+        specs = program.exported.graph_signature.output_specs
+        ends = [spec.arg for spec in specs if spec.kind is OutputKind.USER_OUTPUT]
+        self._are_tensors = [isinstance(end, TensorArgument) for end in ends]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat = [v for v in self._program.inputs.flat(args, kwargs) if isinstance(v, Tensor)]
-        return self._program.outputs.build(self._run(flat))
+        values = zip(self._run(flat), self._are_tensors, strict=True)
+        return self._program.outputs.build([value if tensor else value.item() for value, tensor in values])
 
 
 def _runner(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
@@ -92,6 +97,11 @@ def _runner(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
             f"{path} was written, but onnxruntime {onnxruntime.__version__} cannot load it: {reason}; "
             "verify=False leaves it unchecked"
         ) from e
+    if any(end.type == "tensor(bfloat16)" for end in (*session.get_inputs(), *session.get_outputs())):
+        raise ExportError(
+            f"{path} was written, but cannot be checked: inputs or outputs are bfloat16, which NumPy lacks; "
+            "verify=False leaves it unchecked"
+        )
     names = [given.name for given in session.get_inputs()]
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:

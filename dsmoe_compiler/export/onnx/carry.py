@@ -7,6 +7,7 @@ translates them with the rest of the model.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,14 +24,23 @@ from dsmoe_compiler.export.onnx.initializers import store_transposed
 from dsmoe_compiler.export.onnx.inline import inline
 from dsmoe_compiler.export.onnx.layer import Experts, Form
 from dsmoe_compiler.export.onnx.routing import routing_of
+from dsmoe_compiler.export.onnx.state import refuse_state
 from dsmoe_compiler.ir import ops, reference
 from dsmoe_compiler.ir.errors import ExportError
 from dsmoe_compiler.ir.graph import common_module
 from dsmoe_compiler.ir.spec import ExpertsSpec, MoESpec, parse, to_text
 from dsmoe_compiler.quiet import silenced
 
+# What torch's exporter says of a node that it fails on, and of an operator that it does not know.
+_AT_NODE = re.compile(
+    r"Error when translating node %(?P<name>\w+) .*?\[target=(?:torch\.ops\.)?(?P<operator>[\w.]+)\]"
+)
+_NO_FUNCTION = re.compile("No ONNX function found|No decompositions registered")
 PACK, OUTPUT = "dsmoe::Pack", "dsmoe::Output"
-_LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "torch.export")
+_LOGGERS = (
+    *("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.export"),
+    *("onnxscript", "onnx_ir"),
+)
 
 
 def carry(
@@ -40,6 +50,7 @@ def carry(
     left as it was; `names` are its layers', by the name of their op in its graph.
     """
     program = _copied(exported)
+    refuse_state(program)
     split_complex(program)
     _spell(program, names, choose)
     with warnings.catch_warnings(), silenced(*_LOGGERS):
@@ -47,19 +58,25 @@ def carry(
         try:
             made = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=False)
         except torch.onnx.OnnxExporterError as e:
-            raise ExportError(f"torch.onnx cannot translate the model: {_reason(e)}") from e
+            raise ExportError(f"torch.onnx cannot translate the model: {_reason(e, program)}") from e
         assert made is not None
         store_transposed(made.model.graph)  # before constants are folded, and lose their names
         made.optimize()
     return made.model
 
 
-def _reason(error: BaseException) -> str:
-    """The first cause of an error of torch's exporter, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return said[:300]
+def _reason(error: BaseException, program: ExportedProgram) -> str:
+    """Why torch's exporter gave up, in one line: the operator, the module that calls it, the first cause."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    said = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
+    at = next((found for found in map(_AT_NODE.match, map(str, causes)) if found), None)
+    if at is None:
+        return said[:300]
+    because = "no ONNX function does what it does" if _NO_FUNCTION.match(said) else said[:300]
+    module = next((common_module([node]) for node in program.graph.nodes if node.name == at["name"]), "")
+    return f"{at['operator']}{f' in {module}' if module else ''}: {because}"
 
 
 def _copied(exported: ExportedProgram) -> ExportedProgram:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from dsmoe_compiler.export.onnx.inline import PLACE
 from dsmoe_compiler.ir.errors import ExportError
-from dsmoe_compiler.ir.graph import COPIES, VIEWS
+from dsmoe_compiler.ir.graph import COPIES, VIEWS, common_module
 
 aten = torch.ops.aten
 # What stands for one number of a complex computation: a node, or what was written in the code.
@@ -180,8 +180,7 @@ def _rewrite(node: Node, pairs: dict[Node, Pair]) -> None:
 
 
 def _unknown(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    module = next((path for path, _ in reversed(stack.values()) if path), "")
+    module = common_module([node])
     return f"ONNX has no operators for complex numbers: {node.target}{f' in {module}' if module else ''}"
 
 
