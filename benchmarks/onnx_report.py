@@ -159,13 +159,14 @@ def _print_latency(console: Console, found: Found, threads: int) -> None:
     table.add_section()
     for group in found.timings[threads]:
         kept = [f"{t.kept} of {t.kept + t.discarded}" for t in group]
-        apart = [name for name in group[0].seconds if WAYS.get(name, WAYS[STANDARD]).alone]
-        table.add_row(" ".join(["rounds", *apart]), *kept, style="dim")
+        alone = [name for name in group[0].seconds if WAYS.get(name, WAYS[STANDARD]).alone]
+        table.add_row(" ".join(["rounds", *alone]), *kept, style="dim")
     console.print(table)
+    apart = f"; {BATCHED}, which gathers its weights, does so with {STANDARD} alone"
     _note(
         console,
-        f"Medians of rounds in which all take turns; {BATCHED}, which gathers its weights, does so with "
-        f"{STANDARD} alone. Difference to {EAGER}'s logits: the largest, and the relative L2 distance.",
+        f"Medians of rounds in which all take turns{apart if len(found.timings[threads]) > 1 else ''}. "
+        f"Difference to {EAGER}'s logits: the largest, and the relative L2 distance.",
     )
 
 
