@@ -116,6 +116,26 @@ def test_containers_and_kinds(tmp_path: Path) -> None:
         )
 
 
+class Recurrent(nn.Module):
+    """A layer on what a loop makes of the tokens of x (batch, tokens, 16): it fixes their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros_like(x[:, 0])
+        for token in range(x.shape[1]):
+            state = 0.5 * state + x[:, token]
+        return self.layer(state)  # type: ignore[no-any-return]
+
+
+def test_a_size_that_the_code_fixes_is_a_number(tmp_path: Path) -> None:
+    exported = dsmoe.export_onnx(Recurrent(), (torch.randn(3, 4, 16),), path=tmp_path / "m.onnx")
+    (given,) = onnxruntime.InferenceSession(exported.path).get_inputs()
+    assert given.shape == ["batch", 4, 16]
+
+
 class Written(nn.Module):
     """A function of x and of a buffer that it may write."""
 

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.onnx.ops import symbolic
 
 from dsmoe_compiler.export.onnx.complex_pairs import split_complex
+from dsmoe_compiler.export.onnx.fixed_sizes import number_fixed_sizes
 from dsmoe_compiler.export.onnx.initializers import store_transposed
 from dsmoe_compiler.export.onnx.inline import inline
 from dsmoe_compiler.export.onnx.layer import Experts, Form
@@ -62,6 +63,7 @@ def carry(
         assert made is not None
         store_transposed(made.model.graph)  # before constants are folded, and lose their names
         made.optimize()
+    number_fixed_sizes(made.model.graph)
     return made.model
 
 
