@@ -18,6 +18,7 @@ from dsmoe_compiler.export.onnx.layer import Experts, Form
 from dsmoe_compiler.export.onnx.lower import lower, plain
 from dsmoe_compiler.export.onnx.names import name_dimensions, name_ends, name_nodes
 from dsmoe_compiler.export.onnx.quantized_matrix import LayerError, quantized
+from dsmoe_compiler.export.onnx.softmax_guards import drop_softmax_guards
 from dsmoe_compiler.export.onnx.split_form import NotSplit, split_form
 from dsmoe_compiler.ir import decompose
 from dsmoe_compiler.ir.spec import to_text
@@ -73,6 +74,7 @@ def make(
     lower_contrib(model, called, weights, errors)
     values = lower(model, called, matrix)
     model.ir_version = _IR_VERSION
+    drop_softmax_guards(model.graph)
     count_from_front(model.graph)
     name_nodes(model.graph)
     for number, name in called.items():
