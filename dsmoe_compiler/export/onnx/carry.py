@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.onnx.ops import symbolic
 
 from dsmoe_compiler.export.onnx.complex_pairs import split_complex
+from dsmoe_compiler.export.onnx.conditions import turn_conditions
 from dsmoe_compiler.export.onnx.fixed_sizes import number_fixed_sizes
 from dsmoe_compiler.export.onnx.initializers import store_transposed
 from dsmoe_compiler.export.onnx.inline import inline
@@ -64,6 +65,7 @@ def carry(
         store_transposed(made.model.graph)  # before constants are folded, and lose their names
         made.optimize()
     number_fixed_sizes(made.model.graph)
+    turn_conditions(made.model.graph)
     return made.model
 
 

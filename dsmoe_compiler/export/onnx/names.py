@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter keeps a node's modules
+_NOWHERE = "_empty_nn_module"  # what it calls the place of a node that no module made
 _INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
 
 
@@ -77,7 +78,7 @@ def name_nodes(graph: ir.Graph) -> None:
         node.metadata_props.clear()
         node.doc_string = None
         if scopes is not None:
-            modules = ast.literal_eval(scopes)[:-1]
+            modules = [m for m in ast.literal_eval(scopes)[:-1] if not m.startswith(_NOWHERE)]
             node.name = _unique(f"{modules[-1] if modules else ''}/{node.op_type}".lstrip("/"), seen)
             for i, value in enumerate(node.outputs):
                 if value not in ends:
