@@ -266,15 +266,20 @@ def _request(
     """Raises InputError when these cannot be a call."""
     if isinstance(model, Program):
         raise InputError("this program is compiled already: give the model it was compiled from")
+    require_call(args, kwargs)
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+        raise InputError(f"dynamic_shapes={dynamic_shapes!r}: give 'auto', None, or torch.export's own form")
+    return _Request(model, tuple(args), dict(kwargs or {}), dynamic_shapes, mode)
+
+
+def require_call(args: object, kwargs: object) -> None:
+    """Raises InputError unless these are arguments by position and by name."""
     if not isinstance(args, (tuple, list)):
         raise InputError(
             f"args is a {type(args).__name__}: give the positional arguments as a tuple, args=(x,)"
         )
     if not isinstance(kwargs, (Mapping, type(None))):
         raise InputError(f"kwargs is a {type(kwargs).__name__}: give the arguments by name as a dict")
-    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
-        raise InputError(f"dynamic_shapes={dynamic_shapes!r}: give 'auto', None, or torch.export's own form")
-    return _Request(model, tuple(args), dict(kwargs or {}), dynamic_shapes, mode)
 
 
 def _compiled(

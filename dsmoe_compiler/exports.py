@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dsmoe_compiler import __version__
-from dsmoe_compiler.api import Model, compile
+from dsmoe_compiler.api import Model, compile, require_call
 from dsmoe_compiler.interrupt import Deferred
 from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.pipeline import Progress
@@ -94,6 +94,8 @@ def export_onnx(
     from dsmoe_compiler.onnx_check import check
 
     path = Path(path)
+    if path.is_symlink():  # runtimes look for the weights beside the file itself
+        path = Path(os.path.realpath(path))
     require_place(path)
     stage = progress or (lambda name: None)
     program, example = _program(model_or_program, args, kwargs, dynamic_shapes, progress)
@@ -166,6 +168,7 @@ def _program(
     progress: Progress | None,
 ) -> tuple[Program, tuple[tuple[Any, ...], dict[str, Any]]]:
     """The program, and an example call of it."""
+    require_call(args, kwargs)
     if not isinstance(model, Program):
         program = compile(
             model, args, kwargs, dynamic_shapes=dynamic_shapes, backend="cpu", progress=progress

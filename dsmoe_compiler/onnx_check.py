@@ -118,7 +118,7 @@ def _first_layer(program: Program, path: Path, layers: Sequence[LayerForm], exam
         program.exported.module(check_guards=False)(*example[0], **example[1])
     for layer, theirs, ours in zip(layers, expected.outputs, _values(path, layers, flat), strict=False):
         if ours.shape != theirs.shape or not relative_error(ours, theirs) <= _FAR:
-            return layer.name
+            return layer.name or "the model itself"
     return ""
 
 

@@ -131,20 +131,25 @@ class Lowering:
     def _values(self, to: Builder, layer: Layer, is_quantized: bool) -> dict[str, ir.Value | None]:
         values = dict[str, ir.Value | None]()
         for i, (rows, bias) in enumerate(zip(layer.products(), layer.biases(), strict=True), 1):
-            name = self._name(layer, f"fc{i}", rows)
+            name = self._name(to.graph, layer, f"fc{i}", rows)
             if is_quantized and self._form is not None:
                 codes, scales, zeros = quantized(to, name, rows, self._form, self._errors)
                 values |= {f"fc{i}": codes, f"s{i}": scales, f"z{i}": zeros}
             else:
                 values[f"fc{i}"] = rows.value(to, name)
             if bias is not None:
-                values[f"b{i}"] = bias.value(to, self._name(layer, f"fc{i}_bias", bias))
+                values[f"b{i}"] = bias.value(to, self._name(to.graph, layer, f"fc{i}_bias", bias))
             elif self._biased[i - 1]:
                 values[f"b{i}"] = _zeros(to, (rows.experts, rows.shape[0]))
         return values
 
-    def _name(self, layer: Layer, product: str, rows: Rows) -> str:
-        return self._names.setdefault(rows.parts, f"{layer.name}.{product}".lstrip("."))
+    def _name(self, graph: ir.Graph, layer: Layer, product: str, rows: Rows) -> str:
+        if rows.parts not in self._names:
+            name = f"{layer.name}.{product}".lstrip(".")
+            while name in graph.initializers or name in self._names.values():
+                name = f"{name}_"  # the model has a weight of its own that is called so
+            self._names[rows.parts] = name
+        return self._names[rows.parts]
 
 
 def _zeros(to: Builder, shape: tuple[int, int]) -> ir.Value:

@@ -50,7 +50,9 @@ def _merge_tied(graph: ir.Graph) -> None:
 
 
 def _transposes(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and not node.domain and not node.outputs[0].is_graph_output()
+    swaps = tuple(node.attributes.get_ints("perm", (1, 0))) == (1, 0)
+    is_transpose = node.op_type == "Transpose" and not node.domain and swaps
+    return is_transpose and not node.outputs[0].is_graph_output()
 
 
 def _transposed(graph: ir.Graph, value: ir.Value, readers: list[ir.Node]) -> None:

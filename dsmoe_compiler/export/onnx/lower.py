@@ -113,7 +113,7 @@ def _pack(graph: ir.Graph, node: ir.Node) -> None:
 def _short(stacked: ir.Value, stack: Stack | None) -> str:
     """What the matrices are called within their layer."""
     parts = (stack.names[0] if stack else str(stacked.name)).split(".")
-    return [p for p in parts if not p.isdigit() and p != "weight"][-1]
+    return next((p for p in reversed(parts) if not p.isdigit() and p != "weight"), "weight")
 
 
 def plain(to: Builder, stack: Stack, expert: int, transposed: bool) -> ir.Value:

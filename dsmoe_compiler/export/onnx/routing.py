@@ -24,7 +24,7 @@ _SEEN_THROUGH = _RESHAPES | CASTS | COPIES
 _NEVER_NEGATIVE = frozenset(
     {
         *(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.sigmoid.default),
-        *(aten.exp.default, aten.relu.default, aten.abs.default, aten.sqrt.default, aten.softplus.default),
+        *(aten.exp.default, aten.relu.default, aten.abs.default, aten.sqrt.default),
         *(aten.ones_like.default, aten.zeros_like.default, aten.one_hot.default),
     }
 )
@@ -58,15 +58,15 @@ def routing_of(ids_TK: Node, weights_TK: Node) -> Routing:
     """What the graph shows of a layer's ids and weights, both (T, K)."""
     chosen = _chosen(ids_TK)
     one_slot = shape(ids_TK)[1] == 1
-    return Routing(
-        drops=not chosen, distinct=chosen or one_slot, negative=not _not_negative(weights_TK, set())
-    )
+    return Routing(drops=not chosen, distinct=chosen or one_slot, negative=not _not_negative(weights_TK, {}))
 
 
 def _chosen(ids_TK: Node) -> bool:
     """Whether these are what a top-k of as many slots chose, so that they are experts, and differ."""
     slots, node = shape(ids_TK)[1], ids_TK
     while node.op == "call_function" and node.target in _SEEN_THROUGH:
+        if node.meta["val"].dtype not in (torch.int32, torch.int64):
+            return False  # in fewer bits different ids may be one
         node = node.args[0]  # type: ignore[assignment]
     if node.target in _ARGMAX:
         return slots == 1
@@ -81,31 +81,42 @@ def _chosen(ids_TK: Node) -> bool:
     return dim in (-1, len(shape(scores)) - 1)
 
 
-def _not_negative(value: object, path: set[Node]) -> bool:
+def _not_negative(value: object, known: dict[Node, bool]) -> bool:
+    """Whether no number of the value is below 0. `known` are the nodes seen: many are read more than once."""
     if isinstance(value, (int, float)):
         return bool(value >= 0)
-    if not isinstance(value, Node) or value.op != "call_function" or value in path:
+    if not isinstance(value, Node) or value.op != "call_function":
         return False
-    target, path = value.target, path | {value}
+    if value not in known:
+        known[value] = _gives_none_negative(value, known)
+    return known[value]
+
+
+def _gives_none_negative(node: Node, known: dict[Node, bool]) -> bool:
+    target, args = node.target, node.args
     if target in _NEVER_NEGATIVE:
         return True
+    if target is aten.softplus.default:
+        return len(args) == 1  # another beta or threshold may be negative
     if target is operator.getitem:
-        source, which = value.args
+        source, which = args
         assert isinstance(source, Node)
-        return bool(which == 0) and source.target in _TOPK and _not_negative(source.args[0], path)
+        return bool(which == 0) and source.target in _TOPK and _not_negative(source.args[0], known)
     if target in _SEEN_THROUGH or target in _CHOOSING:
-        return _not_negative(value.args[0], path)
+        return _not_negative(args[0], known)
     if target in _KEEPING:
-        operands = [a for a in value.args if isinstance(a, Node)]
-        numbers = value.args[1:2] if len(operands) == 1 and target not in _REDUCTIONS else ()
-        return all(_not_negative(a, path) for a in (*operands, *numbers))
+        operands = [a for a in args if isinstance(a, Node)]
+        numbers = args[1:] if len(operands) == 1 and target not in _REDUCTIONS else ()
+        scale = node.kwargs.get("alpha", 1)  # of what is added
+        return all(_not_negative(a, known) for a in (*operands, *numbers, scale))
     if target in (aten.clamp.default, aten.clamp_min.default):
-        least = value.args[1] if len(value.args) > 1 else value.kwargs.get("min")
-        return isinstance(least, (int, float)) and least >= 0
+        least, most = (*args[1:], None, None)[:2]
+        least, most = node.kwargs.get("min", least), node.kwargs.get("max", most)
+        return isinstance(least, (int, float)) and least >= 0 and (most is None or _not_negative(most, known))
     if target is aten.where.self:
-        return all(_not_negative(a, path) for a in value.args[1:])
+        return all(_not_negative(a, known) for a in args[1:])
     if target is aten.masked_fill.Scalar:
-        return all(_not_negative(a, path) for a in (value.args[0], value.args[2]))
+        return all(_not_negative(a, known) for a in (args[0], args[2]))
     return False
 
 

@@ -51,7 +51,6 @@ def write(model: ir.Model, path: Path) -> None:
 
     Raises InputError when the place cannot be written; what lay there before is then left.
     """
-    path = Path(os.path.realpath(path))
     with _folder_beside(path) as folder:
         ir.save(
             model,
