@@ -15,6 +15,8 @@ from torch.nn import functional as F
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx_ir")
 
+import onnx
+
 import dsmoe_compiler as dsmoe
 from tests.tiny_models import Experts
 
@@ -95,15 +97,44 @@ def test_weights_normalised_many_times_are_judged_in_one_walk(tmp_path: Path) ->
     assert [layer.form for layer in exported.layers] == ["MoE"]
 
 
+def _tiny(scores: Tensor) -> tuple[Tensor, Tensor]:
+    weights, ids = scores.softmax(-1).topk(2)
+    return weights * 1e-32, ids
+
+
+def test_tiny_weights_keep_their_ratios(tmp_path: Path) -> None:
+    exported = dsmoe.export_onnx(_Layer(_tiny), (_x(),), path=tmp_path / "m.onnx", target="ort")
+    assert [layer.form for layer in exported.layers] == ["MoE"]
+
+
 class _Before(nn.Module):
-    """A product with a matrix of the model, then a layer."""
+    """A product with a matrix of the model, by its name, then a layer."""
 
-    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, read: Callable[[Tensor], Tensor], name: str = "matrix") -> None:
         super().__init__()
-        self.read, self.weight, self.layer = read, _normal(16, 16), Experts()
+        self.read, self.name, self.layer = read, name, Experts()
+        self.register_parameter(name, _normal(16, 16))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.layer(weight @ self.read(self.weight))  # type: ignore[no-any-return]
+    def forward(self, given: Tensor) -> Tensor:
+        matrix = self.get_parameter(self.name)
+        return self.layer(given @ self.read(matrix))  # type: ignore[no-any-return]
+
+
+class _Beside(_Before):
+    """With the matrix's own product added."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        return super().forward(given) + given @ self.get_parameter(self.name)
+
+
+# An input, an output, and a value of torch's.
+@pytest.mark.parametrize("name", ["given", "output", "t"])
+def test_a_matrix_called_as_something_else_is(tmp_path: Path, name: str) -> None:
+    exported = dsmoe.export_onnx(_Beside(Tensor.t, name), (_x(),), path=tmp_path / "m.onnx")
+    graph = onnx.load(exported.path, load_external_data=False).graph
+    (result,) = graph.output
+    assert [d.dim_param or d.dim_value for d in result.type.tensor_type.shape.dim] == ["tokens", 16]
+    assert [v.name for v in (*graph.input, *graph.output)] == ["given", "output"]
 
 
 def test_a_permutation_that_exchanges_nothing_is_no_transpose(tmp_path: Path) -> None:
@@ -125,6 +156,26 @@ def test_a_layer_of_one_product_called_weight(tmp_path: Path) -> None:
 
     exported = dsmoe.export_onnx(OneProduct(), (_x(),), path=tmp_path / "m.onnx")
     assert [layer.form for layer in exported.layers] == ["Split"]
+
+
+class _OneMatrix(nn.Module):
+    """A layer whose second product is its first one's matrix, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.matrix = _normal(8, 16), _normal(8, 16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = F.linear(x, self.gate).softmax(-1).topk(2)
+        matrices, rows = self.matrix[ids.reshape(-1)], x.repeat_interleave(2, 0).unsqueeze(-1)
+        y = torch.bmm(matrices.transpose(1, 2), torch.bmm(matrices, rows).relu()).squeeze(-1)
+        return (y * weights.reshape(-1, 1)).view(*ids.shape, 16).sum(1)
+
+
+def test_a_matrix_of_two_products_is_refused_when_quantised(tmp_path: Path) -> None:
+    with pytest.raises(dsmoe.InputError, match=r"matrix\.0: read both as it is and transposed"):
+        dsmoe.export_onnx(_OneMatrix(), (_x(),), path=tmp_path / "m.onnx", weights="int8", verify=False)
+    assert dsmoe.export_onnx(_OneMatrix(), (_x(),), path=tmp_path / "m.onnx").error is not None
 
 
 def test_a_program_s_example_is_held_to_be_a_tuple(tmp_path: Path) -> None:

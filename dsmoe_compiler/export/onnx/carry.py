@@ -14,6 +14,7 @@ from functools import partial
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import NameFixPass
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -62,6 +63,7 @@ def carry(
         except torch.onnx.OnnxExporterError as e:
             raise ExportError(f"torch.onnx cannot translate the model: {_reason(e, program)}") from e
         assert made is not None
+        NameFixPass()(made.model)  # a weight may be called as an input is, or as a value of torch's
         store_transposed(made.model.graph)  # before constants are folded, and lose their names
         made.optimize()
     number_fixed_sizes(made.model.graph)

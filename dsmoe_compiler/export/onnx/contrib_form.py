@@ -29,7 +29,7 @@ from dsmoe_compiler.ir.spec import ExpertsSpec, to_text
 MOE = "dsmoe::MoE"
 # Below the smallest weight's logarithm by more than float32's exponentials reach, and finite: a softmax of
 # nothing but infinities is no number.
-_FAR_BELOW, _LEAST = -1e4, 1e-30
+_FAR_BELOW, _LEAST = -1e4, torch.finfo(torch.float32).tiny
 
 
 def moe_form(

@@ -20,7 +20,7 @@ def name_ends(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) ->
     An output that is an input, a weight or another output as well gets a node of its own.
     """
     taken = {*inputs, *outputs}
-    for value in _values(graph):
+    for value in list(_values(graph)):  # initializers are kept by their names
         if value.name in taken:
             value.name = f"{value.name}_"
     for value, name in zip(graph.inputs, inputs, strict=True):

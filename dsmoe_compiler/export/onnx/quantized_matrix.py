@@ -88,6 +88,7 @@ def quantized(weights: Weights, symmetric: bool | None = None) -> tuple[Matrix, 
     """
     form = form_of(weights, symmetric)
     errors, reader = Errors(form.bits), _Reader(form)
+    read_transposed = dict[str, bool]()
     dtype, stored = _STORED[form.bits, form.symmetric]
 
     def matrix(to: Builder, stack: Stack, expert: int, transposed: bool) -> ir.Value:
@@ -95,6 +96,11 @@ def quantized(weights: Weights, symmetric: bool | None = None) -> tuple[Matrix, 
         if stack.dtype not in _QUANTISED:
             raise InputError(
                 f"{name}: {stack.dtype.name} weights cannot be quantised; export without weights="
+            )
+        if read_transposed.setdefault(name, transposed) != transposed:
+            raise InputError(
+                f"{name}: read both as it is and transposed, so it has no one way of blocks; export without "
+                "weights="
             )
         inputs, outputs = stack.shape[::-1] if transposed else stack.shape
 
