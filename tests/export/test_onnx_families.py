@@ -25,11 +25,8 @@ from dsmoe_compiler.models.zoo import build
 from tests.transformers_models import VOCABULARY, family
 
 EXPERTS = 8
-# Nodes that a router's groups or an expert's capacity take beyond the budget of a layer.
-_BEYOND = {
-    **{"deepseek_v3, renormalised": 6, "deepseek_v3, as they are": 6},
-    **{"switch_transformers": 4, "gshard-tiny": 34},
-}
+# GShard's gate alone, as written, is some fifty nodes: two queues for each expert's places.
+_BEYOND = {"gshard-tiny": 29}
 SIZES = ((1, 1), (1, 17), (1, 128), (5, 9))
 
 

@@ -72,8 +72,8 @@ def _as_logits(ids_TK: Tensor, weights_TK: Tensor, experts: int, drops: bool) ->
     tokens, slots = ids_TK.shape
     if drops:
         is_kept = ids_TK >= 0
-        weights_TK = weights_TK.where(is_kept, torch.zeros_like(weights_TK))
-        ids_TK = ids_TK.where(is_kept, torch.full_like(ids_TK, experts))
+        weights_TK = torch.where(is_kept, weights_TK, 0.0)
+        ids_TK = torch.where(is_kept, ids_TK, experts)
     # Of one slot every logit is the largest, whatever its weight.
     logs_TK = weights_TK.to(torch.float32)
     logs_TK = torch.zeros_like(logs_TK) if slots == 1 else logs_TK.clamp(min=_LEAST).log()

@@ -3,10 +3,14 @@
 before:
     tokens, slots, experts, inverse, counts = dsmoe::Sort(ids)
     y = dsmoe::GroupedMatMul(rows, counts, W)
+    rows = dsmoe::Rows(values, places)
+    out = dsmoe::WeightedSum(y, weights)
 after:
     sorted, slots = TopK(ids, P, smallest first);  tokens = slots / K;  counts = how many ids are 0, 1, …
     part_0, part_1, … = Split(rows, counts)
     y = Concat(part_0 · W_0, part_1 · W_1, …)
+    rows = Gather(values, places)
+    out = weights (T, 1, K) · y (T, K, n)
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import onnx_ir as ir
 from dsmoe_compiler.export.onnx.build import Builder
 from dsmoe_compiler.export.onnx.carry import OUTPUT, PACK
 from dsmoe_compiler.export.onnx.initializers import TRANSPOSED
-from dsmoe_compiler.export.onnx.split_form import GROUPED_MATMUL, SORT
+from dsmoe_compiler.export.onnx.split_form import GROUPED_MATMUL, ROWS, SORT, WEIGHTED_SUM
 from dsmoe_compiler.export.onnx.stacks import Stack, stack_of
 
 _DOMAIN = SORT.split("::")[0]
@@ -40,6 +44,11 @@ def lower(model: ir.Model, names: Mapping[int, str], matrix: Matrix) -> dict[int
             _sort(model.graph, node, layer)
         elif node.op_type == GROUPED_MATMUL.split("::")[1]:
             _grouped(model.graph, node, layer, matrix)
+        elif node.op_type == ROWS.split("::")[1]:
+            to = Builder(model.graph, f"{layer}/rows")
+            to.replace(node, to.op("Gather", *node.inputs, axis=0))
+        elif node.op_type == WEIGHTED_SUM.split("::")[1]:
+            _weighted_sum(model.graph, node, layer)
         elif node.op_type == OUTPUT.split("::")[1]:
             outputs[node.attributes.get_int("layer")] = _output(model.graph, node)
     for node in reversed(list(model.graph)):  # what is left of the stacks
@@ -85,6 +94,13 @@ def _grouped(graph: ir.Graph, node: ir.Node, layer: str, matrix: Matrix) -> None
         zero = ir.tensor(np.zeros(1, rows_P.dtype.numpy() if rows_P.dtype else np.float32))
         products.insert(0, to.op("ConstantOfShape", size, value=zero))
     to.replace(node, to.op("Concat", *products, axis=0))
+
+
+def _weighted_sum(graph: ir.Graph, node: ir.Node, layer: str) -> None:
+    y_TKD, weights_TK = node.inputs
+    to = Builder(graph, f"{layer}/sum")
+    weights_T1K = to.op("Unsqueeze", weights_TK, to.constant([1]))
+    to.replace(node, to.op("Squeeze", to.op("MatMul", weights_T1K, y_TKD), to.constant([1])))
 
 
 def _computed(to: Builder, stacked: ir.Value, expert: int, transposed: bool) -> ir.Value:

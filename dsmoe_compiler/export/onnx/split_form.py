@@ -2,11 +2,12 @@
 
 The pairs (token, slot) are sorted by expert, their tokens' rows gathered, and every product of the body is
 one matrix product an expert on its part of the rows; all else of the body runs on all rows at once. A body
-travels through torch's exporter with two operators of our own in it, and comes out of `lower` as standard
-ones:
+travels through torch's exporter with operators of our own in it, and comes out of `lower` as standard ones:
 
     dsmoe::Sort(ids (P))                   -> tokens (P), slots (P), experts (P), inverse (P), counts (groups)
     dsmoe::GroupedMatMul(rows (P, n), counts (groups), weights (E, …)) -> (P, m)
+    dsmoe::Rows(values (N, n), places (P)) -> (P, n)
+    dsmoe::WeightedSum(y (T, K, n), weights (T, K)) -> (T, n)
 
 P = T·K; there is a group an expert, and one before them for dropped pairs where `drops` says there may be
 any.
@@ -26,6 +27,8 @@ from dsmoe_compiler.ir import reference
 from dsmoe_compiler.ir.body import GEMMS, Body, Step, Terms
 
 SORT, GROUPED_MATMUL = "dsmoe::Sort", "dsmoe::GroupedMatMul"
+# ATen has these, and torch's translation of each is several nodes more than it takes.
+ROWS, WEIGHTED_SUM = "dsmoe::Rows", "dsmoe::WeightedSum"
 
 
 class NotSplit(Exception):
@@ -73,17 +76,22 @@ def _computed(
             version=1,
         )
 
-    rows_PD = x_TD.index_select(0, token_P)
-    rows_P1 = weights_TK.reshape(-1, 1).index_select(0, slot_P)
-    values = [p if i in matrices else _rows(p, expert_P) for i, p in enumerate(params)]
+    if drops:
+        is_kept_P1, expert_P = (expert_P >= 0).unsqueeze(1), expert_P.clamp(min=0)
+    rows_PD = _rows(x_TD, token_P)
+    rows_P1 = _rows(weights_TK.reshape(-1, 1), slot_P)
+    values = [
+        p if i in matrices else _rows(p.unsqueeze(1) if p.dim() == 1 else p, expert_P)
+        for i, p in enumerate(params)
+    ]
     weighted, body = _without_weight(spec.body)
     y_PD = reference.evaluate(body, rows_PD, rows_P1, values, multiply)
     if weighted and (drops or y_PD.dtype != weights_TK.dtype):
         weighted, y_PD = False, y_PD * rows_P1
     if drops:
-        y_PD = torch.where((expert_P >= 0).unsqueeze(1), y_PD, torch.zeros_like(y_PD))
-    y_TKD = y_PD.index_select(0, inverse_P).view(tokens, slots, y_PD.shape[1])
-    y_TD = torch.matmul(weights_TK.unsqueeze(1), y_TKD).squeeze(1) if weighted else y_TKD.sum(1)
+        y_PD = torch.where(is_kept_P1, y_PD, 0.0)
+    y_TKD = _rows(y_PD, inverse_P).view(tokens, slots, y_PD.shape[1])
+    y_TD = _weighted_sum(y_TKD, weights_TK) if weighted else y_TKD.sum(1)
     return y_TD.to(reference.out_dtype(spec, y_TD.dtype))
 
 
@@ -104,10 +112,15 @@ def _matrices(body: Body) -> set[int]:
     return found
 
 
-def _rows(param: Tensor, expert_P: Tensor) -> Tensor:
-    """Each pair's own vector or number: (P, n), or (P, 1)."""
-    flat = param.unsqueeze(1) if param.dim() == 1 else param
-    return flat.index_select(0, expert_P.clamp(min=0))
+def _rows(values: Tensor, places_P: Tensor) -> Tensor:
+    """The rows at these places, (P, n)."""
+    shape = (places_P.shape[0], values.shape[1])
+    return symbolic(ROWS, [values, places_P], dtype=values.dtype, shape=shape, version=1)
+
+
+def _weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+    shape = (y_TKD.shape[0], y_TKD.shape[2])
+    return symbolic(WEIGHTED_SUM, [y_TKD, weights_TK], dtype=y_TKD.dtype, shape=shape, version=1)
 
 
 def _without_weight(body: Body) -> tuple[bool, Body]:
