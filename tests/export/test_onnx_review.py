@@ -68,7 +68,15 @@ def _softplus_below_zero(scores: Tensor) -> tuple[Tensor, Tensor]:
     return F.softplus(weights, beta=-1.0), ids
 
 
-@pytest.mark.parametrize("choose", [_added_below_zero, _clamped_below_zero, _softplus_below_zero])
+def _wrapped_below_zero(scores: Tensor) -> tuple[Tensor, Tensor]:
+    weights, ids = scores.softmax(-1).topk(2)
+    return (weights * 1000).to(torch.uint8).to(torch.int8).float(), ids
+
+
+_BELOW_ZERO = (_added_below_zero, _clamped_below_zero, _softplus_below_zero, _wrapped_below_zero)
+
+
+@pytest.mark.parametrize("choose", _BELOW_ZERO)
 def test_weights_that_may_be_negative_take_the_standard_form(tmp_path: Path, choose: Choose) -> None:
     exported = dsmoe.export_onnx(_Layer(choose), (_x(),), path=tmp_path / "m.onnx", target="ort")
     (layer,) = exported.layers

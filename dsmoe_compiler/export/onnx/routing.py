@@ -102,6 +102,8 @@ def _gives_none_negative(node: Node, known: dict[Node, bool]) -> bool:
         source, which = args
         assert isinstance(source, Node)
         return bool(which == 0) and source.target in _TOPK and _not_negative(source.args[0], known)
+    if target in CASTS and not node.meta["val"].dtype.is_floating_point:
+        return False  # whole numbers that are too large become negative ones
     if target in _SEEN_THROUGH or target in _CHOOSING:
         return _not_negative(args[0], known)
     if target in _KEEPING:
