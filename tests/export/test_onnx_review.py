@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,20 @@ def test_a_program_s_example_is_held_to_be_a_tuple(tmp_path: Path) -> None:
     wrong: Any = _x()
     with pytest.raises(dsmoe.InputError, match=r"args is a Tensor: .* args=\(x,\)"):
         dsmoe.export_onnx(program, wrong, path=tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("hidden", [16, 128])  # matrices in the model's own file, and beside it
+def test_an_infinite_weight_that_is_to_be_quantised_is_named(tmp_path: Path, hidden: int) -> None:
+    layer = _Layer(hidden=hidden)
+    layer.fc2.data[1, 2, 3] = math.inf
+    with pytest.raises(dsmoe.InputError, match=r"^fc2\.1: weights to quantise are finite"):
+        dsmoe.export_onnx(layer, (_x(),), path=tmp_path / "m.onnx", weights="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_weights_has_no_file_of_them(tmp_path: Path) -> None:
+    exported = dsmoe.export_onnx(nn.Identity(), (_x(),), path=tmp_path / "m.onnx")
+    assert exported.data is None and [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
 def test_a_link_is_followed_to_the_file(tmp_path: Path) -> None:

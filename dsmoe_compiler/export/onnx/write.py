@@ -46,23 +46,33 @@ def _folder_beside(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({reason}); choose another place") from e
 
 
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
+
+
 def write(model: ir.Model, path: Path) -> None:
     """Write the model to `path` and its weights to `data_path(path)`, a tensor at a time.
 
-    Raises InputError when the place cannot be written; what lay there before is then left.
+    Raises InputError when the place cannot be written, or a weight not as it should be; what lay there before
+    is then left. Without weights there is no file of them, and one that lay there is removed.
     """
     with _folder_beside(path) as folder:
-        ir.save(
-            model,
-            folder / path.name,
-            external_data=data_path(path).name,
-            size_threshold_bytes=_INSIDE,
-            max_workers=1,
-            alignment=_PAGE,
-            align_threshold=_ALIGNED,
-        )
+        try:
+            ir.save(
+                model,
+                folder / path.name,
+                external_data=data_path(path).name,
+                size_threshold_bytes=_INSIDE,
+                max_workers=1,
+                alignment=_PAGE,
+                align_threshold=_ALIGNED,
+            )
+        except ir.serde.SerdeError as e:  # around whatever the tensors in the model's own file raise
+            raise _first_cause(e) from e
         data = folder / data_path(path).name
-        if data.exists():
+        if data.exists() and data.stat().st_size:
             os.replace(data, data_path(path))
         else:
             data_path(path).unlink(missing_ok=True)
