@@ -52,10 +52,11 @@ class Structure:
         return _put_together(self, iter(values))
 
     def names(self) -> list[str]:
-        """What each value is called: its key, field or place in its container, joined by dots; "output" for
-        a value alone.
+        """What each value is called: its key, field or place in its container, joined by dots; after
+        "output" where the first of these is a place, or there is none.
         """
-        return [".".join(path) or "output" for path in _paths(self)]
+        root = () if self.keys else ("output",)
+        return [".".join((*root, *path)) for path in _paths(self)]
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Structure:
@@ -113,7 +114,7 @@ def _take_apart(output: Any, values: list[Any]) -> Structure:
 
 
 def _paths(structure: Structure) -> Iterator[tuple[str, ...]]:
-    """Of every value, in order. Places in a container at the root count from "output"."""
+    """Of every value, in order, the keys and places that lead to it."""
     if structure.kind == "value":
         yield ()
     places = structure.keys or range(len(structure.children))

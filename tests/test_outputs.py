@@ -97,3 +97,13 @@ def test_an_exported_programs_structure() -> None:
     found = dsmoe.compile(exported)(torch.ones(4, 3))
     assert pytree.tree_structure(found) == pytree.tree_structure(module.forward(torch.ones(4, 3)))
     assert found[2][1:] == [1.5, "text", True]
+
+
+def test_values_are_called_by_keys_and_places() -> None:
+    t = torch.zeros(1)
+    for output, names in (
+        (t, ["output"]),
+        ((t, [t, t]), ["output.0", "output.1.0", "output.1.1"]),
+        ({"logits": t, "states": (t, None, t)}, ["logits", "states.0", "states.2"]),
+    ):
+        assert Structure.of(output)[0].names() == names

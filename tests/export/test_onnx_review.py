@@ -226,3 +226,13 @@ def test_a_model_that_is_one_layer_is_named_where_it_differs(
     monkeypatch.setattr(making, "plain", lambda to, stack, e, t: plain(to, stack, (e + 1) % 8, t))
     with pytest.raises(dsmoe.ExportError, match="first layer that differs is the model itself"):
         dsmoe.export_onnx(Experts(), (_x(),), path=tmp_path / "m.onnx")
+
+
+def _above_a_threshold(scores: Tensor) -> tuple[Tensor, Tensor]:
+    weights, ids = scores.softmax(-1).topk(2)
+    return weights * (weights > 0.1), ids
+
+
+def test_comparisons_are_never_negative(tmp_path: Path) -> None:
+    exported = dsmoe.export_onnx(_Layer(_above_a_threshold), (_x(),), path=tmp_path / "m.onnx", target="ort")
+    assert [layer.form for layer in exported.layers] == ["MoE"]

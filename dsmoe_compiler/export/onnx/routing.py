@@ -20,12 +20,14 @@ _TOPK = frozenset({aten.topk.default})
 _ARGMAX = frozenset({aten.argmax.default})
 _RESHAPES = VIEWS | {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default}
 _SEEN_THROUGH = _RESHAPES | CASTS | COPIES
+_COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 # Never negative, whatever they read.
 _NEVER_NEGATIVE = frozenset(
     {
         *(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.sigmoid.default),
         *(aten.exp.default, aten.relu.default, aten.abs.default, aten.sqrt.default),
         *(aten.ones_like.default, aten.zeros_like.default, aten.one_hot.default),
+        *(getattr(getattr(aten, op), kind) for op in _COMPARISONS for kind in ("Tensor", "Scalar")),
     }
 )
 # Not negative where no tensor that they read is, and no number.
