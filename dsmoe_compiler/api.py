@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import Node
 
 from dsmoe_compiler import pipeline as passes
 from dsmoe_compiler.capture import Captured, CaptureMode
@@ -24,6 +22,7 @@ from dsmoe_compiler.ir.errors import CaptureError, InputError, NotFused, Refusal
 from dsmoe_compiler.ir.graph import ProgramGraph
 from dsmoe_compiler.ir.leftovers import drop_leftovers, has_sizes_of_data
 from dsmoe_compiler.ir.passes import Pass
+from dsmoe_compiler.ir.randomness import is_random
 from dsmoe_compiler.ir.rounding import round_by_division
 from dsmoe_compiler.pipeline import Progress, Verify
 from dsmoe_compiler.program import Program, name_outputs
@@ -292,7 +291,7 @@ def _compiled(
 ) -> Program:
     captured, first = _captured(request, exact, progress)
     chosen = choose(backend, captured.exported)
-    random, against = _is_random(captured.exported), request.runnable()
+    random, against = is_random(captured.exported), request.runnable()
     held = _held(request, captured, progress)
     outcome = passes.run(ProgramGraph(captured.exported), steps, verify, progress)
     name_outputs(captured.exported)
@@ -334,7 +333,7 @@ def _held(request: _Request, captured: Captured, progress: Progress | None) -> b
     """
     against = request.runnable()
     tested = captured.assumed or has_sizes_of_data(captured.exported)
-    if not tested or against is None or _is_random(captured.exported):
+    if not tested or against is None or is_random(captured.exported):
         return False
     if progress:
         progress("replay")
@@ -409,23 +408,6 @@ def _require_fused(report: Report) -> None:
     refused = tuple((x.name, x.refusal) for x in report.layers if not x.fused and x.refusal is not None)
     if refused:
         raise NotFused(refused)
-
-
-def _is_random(exported: ExportedProgram) -> bool:
-    """Whether two runs differ by design (dropout in training mode, jitter), so that comparing them says
-    nothing.
-    """
-    seeded = torch.Tag.nondeterministic_seeded
-    return any(seeded in getattr(n.target, "tags", ()) and _draws(n) for n in exported.graph.nodes)
-
-
-def _draws(node: Node) -> bool:
-    """Whether a random operator draws numbers here: dropout by 0, or outside training, does not."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
-    if "dropout_p" in given or "attention" in node.target._schema.name:
-        return bool(given.get("dropout_p", 0.0) != 0.0)
-    return bool(given.get("train", True) is not False and given.get("p", 1.0) != 0.0)
 
 
 def _check_choices(**choices: tuple[object, Sequence[object]]) -> None:

@@ -13,6 +13,7 @@ from dsmoe_compiler import __version__
 from dsmoe_compiler.api import Model, compile, require_call
 from dsmoe_compiler.interrupt import Deferred
 from dsmoe_compiler.ir.errors import InputError
+from dsmoe_compiler.ir.randomness import is_random
 from dsmoe_compiler.pipeline import Progress
 from dsmoe_compiler.program import Program
 from dsmoe_compiler.turns import TURN
@@ -31,7 +32,8 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnx_ir")
 class Exported:
     """What lies in the files: `path` and, where the model has weights, `data` beside it; what each layer
     became; `error`, the largest relative error onnxruntime showed against the program, with the weights that
-    were written (None: not verified); what quantising did to the matrices of each product.
+    were written (None: not verified, as a program that draws random numbers cannot be); what quantising did
+    to the matrices of each product.
     """
 
     path: Path
@@ -125,7 +127,7 @@ def export_onnx(
         None,
         made.errors(),
     )
-    if not verify:
+    if not verify or is_random(program.exported):
         return exported
     stage("check")
     return replace(exported, error=check(program, path, made.layers, example, weights))

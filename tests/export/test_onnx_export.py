@@ -252,3 +252,10 @@ def test_what_onnxruntime_cannot_load_is_said(tmp_path: Path) -> None:
     with pytest.raises(dsmoe.ExportError, match=r"m\.onnx was written, but onnxruntime .* cannot load it"):
         dsmoe.export_onnx(layer, (x,), path=tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").exists()
+
+
+def test_a_model_that_draws_numbers_is_not_checked(tmp_path: Path) -> None:
+    model = nn.Sequential(Experts(), nn.Dropout(0.5)).train()
+    exported = dsmoe.export_onnx(model, (torch.randn(5, 16),), path=tmp_path / "m.onnx")
+    assert exported.error is None
+    assert onnx.load(exported.path, load_external_data=False).graph.output[0].name == "output"
