@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -72,6 +72,7 @@ def test_every_weight_is_within_half_a_scale(matrix: Array, form: Blockwise) -> 
 
 
 @given(matrices(), forms())
+@example(np.full((32, 1), 1.33e-43, np.float32), Blockwise(8, symmetric=False))
 def test_no_scale_is_larger_than_its_block_needs(matrix: Array, form: Blockwise) -> None:
     """A bound by the scale says nothing of a scale that is too large."""
     scales = quantize(matrix, form).scales.astype(np.float64)

@@ -130,7 +130,8 @@ def scales_of(matrix: Array, form: Blockwise) -> tuple[Array, Array | None]:
         exact = np.maximum(high / form.highest, low / form.lowest)
     else:
         exact = high / form.highest - low / form.highest  # their difference may be more than a float32
-    exact = np.where(exact == 0, np.float32(1), np.maximum(exact, _SMALLEST))
+    # Asked of the weights: the smallest numbers there are, divided, are 0 too.
+    exact = np.where((high == 0) & (low == 0), np.float32(1), np.maximum(exact, _SMALLEST))
     scales = _rounded_up(exact, matrix.dtype)
     return scales, None if form.symmetric else np.rint(-low / scales.astype(np.float32)).astype(np.uint8)
 
