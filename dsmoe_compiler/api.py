@@ -70,7 +70,7 @@ def compile(
         CaptureError: the model cannot be turned into a graph that computes the same.
         InputError: the arguments are not what is described here. NotFused: see `require_fused`.
     """
-    _check_choices(
+    check_choices(
         backend=(backend, BACKENDS),
         capture=(capture, get_args(CaptureMode)),
         verify=(verify, get_args(Verify)),
@@ -183,7 +183,7 @@ def optimize(
 
     Arguments and errors as for `compile`; `instruments` watch the passes.
     """
-    _check_choices(capture=(capture, get_args(CaptureMode)), verify=(verify, get_args(Verify)))
+    check_choices(capture=(capture, get_args(CaptureMode)), verify=(verify, get_args(Verify)))
     steps = passes.steps_of(pipeline)
     request, stage = _request(model, args, kwargs, dynamic_shapes, capture), _polling(progress)
     with TURN, Deferred(request.interruptible()):
@@ -410,7 +410,8 @@ def _require_fused(report: Report) -> None:
         raise NotFused(refused)
 
 
-def _check_choices(**choices: tuple[object, Sequence[object]]) -> None:
+def check_choices(**choices: tuple[object, Sequence[object]]) -> None:
+    """Raise InputError unless each argument, by its name, is one of its choices."""
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dsmoe_compiler import __version__
-from dsmoe_compiler.api import Model, compile, require_call
+from dsmoe_compiler.api import Model, check_choices, compile, require_call
 from dsmoe_compiler.interrupt import Deferred
 from dsmoe_compiler.ir.errors import InputError
 from dsmoe_compiler.ir.randomness import is_random
@@ -88,8 +88,7 @@ def export_onnx(
         ExportError: torch cannot translate the model, or onnxruntime gives other numbers: the files are
             left, and the message names the layer.
     """
-    _check_choice("target", target, get_args(Target))
-    _check_choice("weights", weights, (None, *get_args(Weights)))
+    check_choices(target=(target, get_args(Target)), weights=(weights, (None, *get_args(Weights))))
     _require_packages((*_ONNX_PACKAGES, *(("onnxruntime",) if verify else ())))
     from dsmoe_compiler.export.onnx.model import make
     from dsmoe_compiler.export.onnx.write import data_path, require_place, write
@@ -204,11 +203,6 @@ def _metadata(program: Program, target: str, weights: str | None) -> dict[str, s
         "dsmoe.weights": weights or "as they are",
         **{f"dsmoe.layer.{layer.name}": layer.spec.text for layer in layers if layer.spec},
     }
-
-
-def _check_choice(name: str, given: object, known: Sequence[object]) -> None:
-    if given not in known:
-        raise InputError(f"{name}={given!r}: choose one of {', '.join(map(repr, known))}")
 
 
 def _require_packages(names: Sequence[str]) -> None:

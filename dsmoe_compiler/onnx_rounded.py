@@ -25,8 +25,8 @@ def with_rounded_experts(program: Program, weights: Weights) -> Program:
     state = dict(program.exported.state_dict)
     for node, transposed in _matrices(graph):
         name = graph.parameter(node)
-        if name in state:
-            rounded = _rounded(state[name], form, transposed)
+        if name in state:  # from the model's own numbers: layers may share a matrix
+            rounded = _rounded(program.exported.state_dict[name], form, transposed)
             state[name] = nn.Parameter(rounded, requires_grad=False)
     exported = copy.copy(program.exported)
     exported._state_dict = state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
@@ -25,7 +25,6 @@ from dsmoe_compiler.ir.spec import to_text
 
 Target = Literal["standard", "ort"]
 Weights = Literal["int8", "int4"]
-TARGETS, WEIGHTS = get_args(Target), get_args(Weights)
 # The oldest that have what is used: of opset 21, blockwise DequantizeLinear.
 _OPSET, _QUANTIZED_OPSET, _IR_VERSION = 20, 21, 10
 
